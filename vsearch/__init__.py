@@ -1,0 +1,22 @@
+"""Type a sentence, get the moments in your video archive.
+
+>>> import vsearch
+>>> results = vsearch.open("./corpus").search("a red car on the beach")
+>>> print(results)
+>>> results.to_pandas()
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vsearch.search import Engine
+
+__version__ = "0.1.0"
+__all__ = ["open"]
+
+
+def open(corpus: str, snapshot: str | None = None) -> "Engine":
+    """The query engine over a corpus' current snapshot, or over the one named."""
+    from vsearch.search import Engine
+
+    return Engine(corpus, snapshot)

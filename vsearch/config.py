@@ -1,0 +1,119 @@
+"""What a corpus is made with: encoders and sampling. Checked on construction, free of heavy imports."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DEMO_MODELS = Path(__file__).parent / "demo" / "models"
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: its message is one clear sentence that says how."""
+
+
+@dataclass(frozen=True)
+class EncoderNames:
+    """Which pretrained encoders to load.
+
+    `dino` is a transformers name (`facebook/…`, `timm/…`) or a folder. `clip` is
+    `ARCHITECTURE:PRETRAINED` as open_clip lists them (`ViT-B-16:laion2b_s34b_b88k`, where PRETRAINED
+    may be a checkpoint file), `hf-hub:…`, or a folder. A name that starts with `demo/` means the
+    models that come with the package.
+    """
+
+    dino: str
+    clip: str
+
+    def __post_init__(self) -> None:
+        for role in ("dino", "clip"):
+            if not getattr(self, role):
+                raise UserError(f"The name of the {role.upper()} model is empty.")
+
+
+PRESETS = {
+    "demo": EncoderNames(dino="demo/dino", clip="demo/clip"),
+    "base": EncoderNames(
+        dino="facebook/dinov3-vitb16-pretrain-lvd1689m", clip="ViT-B-16:laion2b_s34b_b88k"
+    ),
+    "open": EncoderNames(dino="facebook/dinov2-base", clip="ViT-B-16:laion2b_s34b_b88k"),
+}
+"""`base` is the article's pair (DINOv3 needs its licence accepted); `open` needs no licence."""
+
+
+def encoder_names(preset: str, dino: str | None = None, clip: str | None = None) -> EncoderNames:
+    """A preset with one or both of its models replaced."""
+    if preset not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise UserError(f"There is no model preset {preset!r}; choose one of {known}.")
+    names = PRESETS[preset]
+    return EncoderNames(dino=dino or names.dino, clip=clip or names.clip)
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that a model name stands for, or None for a name on a hub."""
+    path = DEMO_MODELS / name.removeprefix("demo/") if name.startswith("demo/") else Path(name)
+    return path if path.is_dir() else None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames of a video are embedded, and how a video is cut into spans.
+
+    `fps` is the highest number of frames a second, None for all of them. `span_s` is the longest
+    span in seconds; spans get shorter for high frame rates so that one holds at most about
+    `span_frames` frames.
+    """
+
+    fps: float | None = None
+    span_s: float = 20.0
+    span_frames: int = 512
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and not 0.001 <= self.fps <= 1000:
+            raise UserError(f"--fps must lie between 0.001 and 1000, not {self.fps:g}.")
+        if self.span_s <= 0 or self.span_frames < 1:
+            raise UserError("The length of a span must be positive.")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder as recorded in a corpus: what made its vectors, and how long they are."""
+
+    model: str
+    revision: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """The contents of `corpus.json`: fixed when a corpus is made, compared at every later use."""
+
+    dino: Encoder
+    clip: Encoder
+    input_px: int
+    sampling: Sampling = field(default_factory=Sampling)
+    format_version: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the projector is trained; `batch_size` is per worker, `validation` a share of videos."""
+
+    hidden: int = 2048
+    info_nce_weight: float = 0.5
+    temperature: float = 0.07
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    batch_size: int = 1024
+    max_epochs: int = 60
+    patience: int = 6
+    validation: float = 0.1
+    max_pairs: int = 4_000_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation < 1:
+            raise UserError(
+                f"The validation share must lie between 0 and 1, not {self.validation}."
+            )
+        if min(self.hidden, self.batch_size, self.max_epochs, self.patience, self.max_pairs) < 1:
+            raise UserError("Sizes, epochs and patience of the training must be at least 1.")

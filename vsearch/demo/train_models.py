@@ -1,0 +1,380 @@
+"""Trains the two small models that understand the tiny world, and writes them in the formats of the
+real ones: an open_clip folder and a transformers folder.
+
+    python -m vsearch.demo.train_models --out vsearch/demo/models
+
+CLIP learns from captioned frames. DINO never sees a word: two frames of one scene must agree
+(NT-Xent, Chen et al. 2020, arXiv:2002.05709) and linear heads must name kind, colour, setting and
+count of what the generator drew; the heads are thrown away. Pairs for which `held_out` is true are
+never drawn in training.
+"""
+
+import argparse
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ViTImageProcessor
+
+from vsearch.demo.scenes import (
+    COLOURS,
+    KINDS,
+    SETTINGS,
+    Scene,
+    SceneRenderer,
+    held_out,
+    sample_scene,
+)
+from vsearch.demo.sentences import (
+    HELD_OUT_TEMPLATES,
+    Mention,
+    full_mention,
+    random_mention,
+    sentence,
+)
+
+CLIP_PX, DINO_PX = 64, 96
+WEIGHTS = {"kind": 2.0, "colour": 1.0, "setting": 0.5, "count": 0.5}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_CONFIG = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": CLIP_PX, "layers": [1, 1, 2, 1], "width": 24, "patch_size": None},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 80, "heads": 4, "layers": 3},
+}
+DINO_CONFIG = {
+    "hidden_sizes": [32, 64, 160, 256],
+    "depths": [1, 2, 4, 1],
+    "image_size": DINO_PX,
+    "layer_scale_init_value": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Two frames of each scene at different times: uint8 (scenes, 2, side_px, side_px, 3)."""
+
+    pixels: NDArray[np.uint8]
+    scenes: list[Scene]
+
+
+def _allowed_pair(rng: np.random.Generator, unseen: bool) -> tuple[str, str]:
+    while True:
+        pair = (str(rng.choice(list(COLOURS))), str(rng.choice(list(KINDS))))
+        if held_out(*pair) == unseen:
+            return pair
+
+
+def _draw(seed: int, count: int, side_px: int, unseen: bool) -> Pictures:
+    rng = np.random.default_rng(seed)
+    pixels = np.empty((count, 2, side_px, side_px, 3), np.uint8)
+    scenes = []
+    filters = [Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC]
+    for i in range(count):
+        pair = _allowed_pair(rng, unseen)
+        scene = sample_scene(rng, pair=pair, empty=not unseen and rng.random() < 0.06)
+        renderer = SceneRenderer(scene)
+        for j, time_s in enumerate(np.sort(rng.uniform(0, scene.duration_s, 2))):
+            frame = Image.fromarray(renderer.frame(float(time_s)))
+            size = (side_px, side_px)
+            pixels[i, j] = np.asarray(frame.resize(size, filters[int(rng.integers(3))]))
+        scenes.append(scene)
+    return Pictures(pixels, scenes)
+
+
+def draw_pictures(
+    seed: int, count: int, side_px: int, unseen: bool = False, workers: int = 2
+) -> Pictures:
+    """`count` random scenes, drawn in parallel; the same for a seed whatever the workers."""
+    chunk = 250
+    sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        parts = list(
+            pool.map(
+                _draw,
+                [seed + i for i in range(len(sizes))],
+                sizes,
+                [side_px] * len(sizes),
+                [unseen] * len(sizes),
+            )
+        )
+    return Pictures(
+        np.concatenate([part.pixels for part in parts]), [s for part in parts for s in part.scenes]
+    )
+
+
+def to_input(pixels: NDArray[np.uint8], augment: bool = False) -> Tensor:
+    """uint8 (n, h, w, 3) → normalised float32 (n, 3, h, w)."""
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
+    if augment:
+        n = len(x)
+        x = torch.where(torch.rand(n, 1, 1, 1) < 0.5, x, x.flip(3))
+        x = x * (0.85 + 0.3 * torch.rand(n, 1, 1, 1))
+        shift = [int(s) for s in torch.randint(-4, 5, (2,))]
+        x = x.roll(shift, dims=(2, 3)).clamp(0, 1)
+    mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def _false_colours(frames: list[Tensor], chosen: Tensor) -> list[Tensor]:
+    """Swaps the colour channels of the `chosen` scenes at random or makes them grey, in each list
+    of frames (n, 3, h, w) alike.
+    """
+    frames = [x.clone() for x in frames]
+    for i in torch.nonzero(chosen).flatten().tolist():
+        grey, order = bool(torch.rand(()) < 0.3), torch.randperm(3)
+        for x in frames:
+            x[i] = x[i].mean(0, keepdim=True) if grey else x[i][order]
+    return frames
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    lr = [group["lr"] for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.08)
+
+
+def train_clip(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Module:
+    """open_clip's CLIP on (frame, caption) pairs. Captions that are true of another frame of the
+    batch as well are taken out of its negatives.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = open_clip.CLIP(**CLIP_CONFIG).to(memory_format=torch.channels_last)
+    tokenizer = open_clip.SimpleTokenizer(context_length=CLIP_CONFIG["text_cfg"]["context_length"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = _schedule(optimizer, steps)
+    used = torch.zeros(CLIP_CONFIG["text_cfg"]["vocab_size"], dtype=torch.bool)
+    began = time.monotonic()
+    for step in range(steps):
+        rows = rng.choice(len(pictures.scenes), batch, replace=False)
+        scenes = [pictures.scenes[i] for i in rows]
+        mentions = [random_mention(scene, rng) for scene in scenes]
+        tokens = tokenizer([sentence(mention, rng) for mention in mentions])
+        used[tokens.flatten()] = True
+        true = np.array([[mention.matches(scene) for mention in mentions] for scene in scenes])
+        also_true = torch.from_numpy(true & ~np.eye(batch, dtype=bool))
+        images = to_input(pictures.pixels[rows, rng.integers(0, 2, batch)], augment=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            image_features, text_features, scale = model(images, tokens)
+        logits = scale.float() * image_features.float() @ text_features.float().T
+        logits = logits.masked_fill(also_true, -1e4)
+        target = torch.arange(batch)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, np.log(100))
+        if step % 100 == 0 or step == steps - 1:
+            print(
+                f"clip {step:5d} loss {loss.item():.3f} {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+    with torch.no_grad():
+        # Rows of words never read in training hold only their random start: zero says 'unknown'.
+        model.token_embedding.weight[~used] = 0
+    return model.eval()
+
+
+def _labels(scenes: list[Scene]) -> dict[str, Tensor]:
+    names = {"kind": list(KINDS), "colour": list(COLOURS), "setting": list(SETTINGS)}
+    columns = {
+        name: [values.index(value) if (value := getattr(s, name)) else -100 for s in scenes]
+        for name, values in names.items()
+    }
+    return {name: torch.tensor(c) for name, c in columns.items()} | {
+        "count": torch.tensor([s.count for s in scenes])
+    }
+
+
+def _nt_xent(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
+    z = F.normalize(torch.cat([a, b]).float(), dim=-1)
+    logits = (z @ z.T / temperature).fill_diagonal_(-1e4)
+    n = len(a)
+    target = torch.cat([torch.arange(n, 2 * n), torch.arange(n)])
+    return F.cross_entropy(logits, target)
+
+
+def train_dino(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Module:
+    """A DINOv3 ConvNeXt on pairs of frames of `batch // 2` scenes a step; no text is involved."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = DINOv3ConvNextModel(DINOv3ConvNextConfig(**DINO_CONFIG))
+    model = model.to(memory_format=torch.channels_last).train()
+    width = DINO_CONFIG["hidden_sizes"][-1]
+    sizes = {"kind": len(KINDS), "colour": len(COLOURS), "setting": len(SETTINGS), "count": 4}
+    heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+    mapper = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 64))
+    parameters = [*model.parameters(), *heads.parameters(), *mapper.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
+    schedule = _schedule(optimizer, steps)
+    labels = _labels(pictures.scenes)
+    began = time.monotonic()
+    for step in range(steps):
+        rows = rng.choice(len(pictures.scenes), batch // 2, replace=False)
+        # Half of the scenes get false colours, so that shape is learned for itself and is still
+        # known when it comes in a colour it never came in; their colour is not asked for.
+        false = torch.rand(len(rows)) < 0.5
+        pair = [to_input(pictures.pixels[rows, j], augment=True) for j in (0, 1)]
+        pair = _false_colours(pair, false)
+        asked = {name: column[rows] for name, column in labels.items()}
+        asked["colour"] = asked["colour"].masked_fill(false, -100)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model(pixel_values=torch.cat(pair)).last_hidden_state[:, 0]
+            mapped = mapper(features)
+            named = {name: head(features).float() for name, head in heads.items()}
+        agreement = _nt_xent(*mapped.chunk(2))
+        losses = [
+            WEIGHTS[name] * F.cross_entropy(named[name], asked[name].repeat(2), ignore_index=-100)
+            for name in sizes
+        ]
+        naming = torch.stack(losses).sum()
+        loss = naming + 0.2 * agreement
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(
+                f"dino {step:5d} naming {naming.item():.3f} agreement {agreement.item():.3f} "
+                f"{time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+    return model.eval()
+
+
+@torch.inference_mode()
+def clip_figures(model: nn.Module, seen: Pictures, unseen: Pictures, seed: int) -> dict[str, float]:
+    """How often the right one of all colour–kind pairs, or settings, gets the highest similarity."""
+    tokenizer = open_clip.SimpleTokenizer(context_length=CLIP_CONFIG["text_cfg"]["context_length"])
+    pairs = [(c, k) for c in COLOURS for k in KINDS]
+    rng = np.random.default_rng(seed)
+
+    def text(mentions: list[Mention]) -> Tensor:
+        words = [sentence(m, rng, HELD_OUT_TEMPLATES, paraphrase=False) for m in mentions]
+        return model.encode_text(tokenizer(words), normalize=True)
+
+    pair_text = text([Mention(c, k) for c, k in pairs])
+    setting_text = text([Mention(setting=s) for s in SETTINGS])
+    figures = {}
+    for name, pictures in (("seen", seen), ("unseen", unseen)):
+        rows = [i for i, s in enumerate(pictures.scenes) if s.pair]
+        z = model.encode_image(to_input(pictures.pixels[rows, 0]), normalize=True)
+        truth = torch.tensor([pairs.index(pictures.scenes[i].pair) for i in rows])
+        figures[f"pair accuracy, {name} pairs"] = (
+            ((z @ pair_text.T).argmax(1) == truth).float().mean()
+        )
+        full = text([full_mention(pictures.scenes[i]) for i in rows])
+        best = (z @ full.T).argmax(0)
+        right = [
+            full_mention(pictures.scenes[rows[b]]) == full_mention(pictures.scenes[rows[i]])
+            for i, b in enumerate(best.tolist())
+        ]
+        figures[f"text to frame R@1 of {len(rows)}, {name} pairs"] = sum(right) / len(right)
+        if name == "seen":
+            truth = torch.tensor([list(SETTINGS).index(pictures.scenes[i].setting) for i in rows])
+            guess = (z @ setting_text.T).argmax(1)
+            figures["setting accuracy"] = (guess == truth).float().mean()
+    return {name: round(float(value), 3) for name, value in figures.items()}
+
+
+@torch.inference_mode()
+def dino_figures(
+    model: nn.Module, probe: Pictures, seen: Pictures, unseen: Pictures
+) -> dict[str, float]:
+    """Accuracy of ridge-regression probes on frozen features, fitted on `probe`."""
+
+    def features(pictures: Pictures) -> Tensor:
+        parts = [
+            model(pixel_values=to_input(chunk)).last_hidden_state[:, 0]
+            for chunk in np.array_split(pictures.pixels[:, 0], max(1, len(pictures.pixels) // 256))
+        ]
+        x = torch.cat(parts)
+        return torch.cat([x, torch.ones(len(x), 1)], dim=1)
+
+    x, labels = features(probe), _labels(probe.scenes)
+    figures = {}
+    gram = x.T @ x + 1e-1 * torch.eye(x.shape[1])
+    weights = {}
+    for name, y in labels.items():
+        known = y >= 0
+        onehot = F.one_hot(y.clamp(min=0)).float() * known[:, None]
+        weights[name] = torch.linalg.solve(gram, x.T @ onehot)
+    for split, pictures in (("seen", seen), ("unseen", unseen)):
+        held, truth = features(pictures), _labels(pictures.scenes)
+        for name, w in weights.items():
+            known = truth[name] >= 0
+            right = ((held @ w).argmax(1) == truth[name])[known].float().mean()
+            figures[f"{name} by linear probe, {split} pairs"] = round(float(right), 3)
+    return figures
+
+
+def save_clip(model: nn.Module, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {"mean": MEAN, "std": STD}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    state = {
+        name: t.half().contiguous() if t.is_floating_point() else t
+        for name, t in model.state_dict().items()
+    }
+    save_file(state, folder / "open_clip_model.safetensors")
+
+
+def save_dino(model: nn.Module, folder: Path) -> None:
+    model.half().save_pretrained(folder)
+    size = {"height": DINO_PX, "width": DINO_PX}
+    DINOv3ViTImageProcessor(size=size, image_mean=MEAN, image_std=STD).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
+    parser.add_argument("--only", choices=["clip", "dino"])
+    parser.add_argument("--scenes", type=int, default=20_000)
+    parser.add_argument("--clip-steps", type=int, default=2600)
+    parser.add_argument("--dino-steps", type=int, default=2800)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    figures_file = args.out / "figures.json"
+    figures = json.loads(figures_file.read_text()) if figures_file.exists() else {}
+    for name, side_px in (("clip", CLIP_PX), ("dino", DINO_PX)):
+        if args.only not in (None, name):
+            continue
+        began = time.monotonic()
+        pictures = draw_pictures(args.seed, args.scenes, side_px)
+        seen = draw_pictures(10_000_000 + args.seed, 500, side_px)
+        unseen = draw_pictures(20_000_000 + args.seed, 500, side_px, unseen=True)
+        print(f"{args.scenes} scenes drawn in {time.monotonic() - began:.0f} s", flush=True)
+        if name == "clip":
+            model = train_clip(pictures, args.clip_steps, args.batch, args.seed)
+            figures[name] = clip_figures(model, seen, unseen, args.seed)
+            save_clip(model, args.out / name)
+        else:
+            model = train_dino(pictures, args.dino_steps, args.batch, args.seed)
+            probe = Pictures(pictures.pixels[:4000], pictures.scenes[:4000])
+            figures[name] = dino_figures(model, probe, seen, unseen)
+            save_dino(model, args.out / name)
+        figures[name]["training minutes"] = round((time.monotonic() - began) / 60, 1)
+    print(json.dumps(figures, indent=2))
+    figures_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

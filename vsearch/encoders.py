@@ -1,0 +1,182 @@
+"""The two encoders: DINO through transformers, CLIP through open_clip, by name or from a folder.
+
+Frames come in as uint8 (n, height, width, 3) RGB; each model's official preprocessing runs on the
+model's device: the processor that transformers loads for DINO, the transforms that open_clip builds
+for CLIP.
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel
+
+from vsearch.config import Encoder, EncoderNames, UserError, local_folder
+
+Pixels = NDArray[np.uint8]
+BATCH = 128
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class DinoEncoder:
+    """The CLS token of the last layer, float (n, dim), not normalised."""
+
+    def __init__(self, name: str, device: str | None = None) -> None:
+        self._device = device or default_device()
+        source = str(local_folder(name) or name)
+        try:
+            self._processor = AutoImageProcessor.from_pretrained(source, use_fast=True)
+            model = AutoModel.from_pretrained(source, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise UserError(_why_not_loaded("dino", name, error)) from error
+        self.record = Encoder(name, weights_digest(model), _dino_dim(model))
+        self.input_px = _short_side(self._processor)
+        self._model = model.to(self._device).eval()
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: Pixels) -> Tensor:
+        frames = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2)
+        inputs = self._processor(images=frames, return_tensors="pt", device=self._device)
+        with _mixed_precision(self._device):
+            hidden = self._model(pixel_values=inputs["pixel_values"]).last_hidden_state
+        return hidden[:, 0].float()
+
+
+class ClipEncoder:
+    """CLIP's image and text towers; unit vectors, float (n, dim), in one space."""
+
+    def __init__(self, name: str, device: str | None = None) -> None:
+        self._device = device or default_device()
+        self._model, preprocess, self._tokenizer = _load_clip(name)
+        # The same geometry and normalisation as open_clip's transform, without its detour by PIL.
+        steps = [t for t in preprocess.transforms if type(t).__name__ not in _PIL_STEPS]
+        self._geometry, self._normalise = steps[:-1], steps[-1]
+        size = open_clip.get_model_preprocess_cfg(self._model)["size"]
+        self.input_px = min(size) if isinstance(size, (tuple, list)) else int(size)
+        self.record = Encoder(name, weights_digest(self._model), _clip_dim(self._model))
+        self._model = self._model.to(self._device).eval()
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: Pixels) -> Tensor:
+        frames = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2)
+        for step in self._geometry:
+            frames = step(frames)
+        with _mixed_precision(self._device):
+            features = self._model.encode_image(self._normalise(frames.float() / 255))
+        return nn.functional.normalize(features.float(), dim=-1)
+
+    @torch.inference_mode()
+    def encode_text(self, sentences: list[str]) -> NDArray[np.float32]:
+        """Unit vectors, float32 (n, dim)."""
+        tokens = self._tokenizer(sentences).to(self._device)
+        with _mixed_precision(self._device):
+            features = self._model.encode_text(tokens)
+        vectors: NDArray[np.float32] = (
+            nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
+        )
+        return vectors
+
+
+class Encoders:
+    """Both image encoders on one device, as the ingest actor holds them."""
+
+    def __init__(self, names: EncoderNames, device: str | None = None) -> None:
+        self.dino, self.clip = DinoEncoder(names.dino, device), ClipEncoder(names.clip, device)
+        self.input_px = max(self.dino.input_px, self.clip.input_px)
+
+    def embed(self, pixels: Pixels) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+        """(dino, clip), each float16 (n, dim), of uint8 frames (n, height, width, 3)."""
+        dino = np.empty((len(pixels), self.dino.record.dim), np.float16)
+        clip = np.empty((len(pixels), self.clip.record.dim), np.float16)
+        for start in range(0, len(pixels), BATCH):
+            batch = slice(start, start + BATCH)
+            chunk = np.require(pixels[batch], requirements=["C", "W"])
+            dino[batch] = self.dino.encode_images(chunk).half().cpu().numpy()
+            clip[batch] = self.clip.encode_images(chunk).half().cpu().numpy()
+        return dino, clip
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hexadecimal digits of the SHA-256 of a model's weights: its revision, wherever from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+_PIL_STEPS = {"function", "ToTensor", "MaybeToTensor"}
+
+
+def _load_clip(name: str) -> tuple[Any, Any, Any]:
+    folder = local_folder(name)
+    architecture, _, pretrained = name.partition(":")
+    try:
+        if folder is not None:
+            source = f"local-dir:{folder}"
+            model, preprocess = open_clip.create_model_from_pretrained(source)
+            return model, preprocess, open_clip.get_tokenizer(source)
+        if name.startswith("hf-hub:"):
+            model, preprocess = open_clip.create_model_from_pretrained(name)
+            return model, preprocess, open_clip.get_tokenizer(name)
+        if not pretrained:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+            raise UserError(
+                f"The CLIP model {name!r} names no weights: write {architecture}:PRETRAINED "
+                f"(known for it: {tags}), or a folder."
+            )
+        model, preprocess = open_clip.create_model_from_pretrained(architecture, pretrained)
+        return model, preprocess, open_clip.get_tokenizer(architecture)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(_why_not_loaded("clip", name, error)) from error
+
+
+def _why_not_loaded(role: str, name: str, error: Exception) -> str:
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    if any(type(link).__name__ == "GatedRepoError" for link in chain):
+        return (
+            f"The {role.upper()} model {name!r} is behind a licence: accept it on the model's page "
+            f"and set HF_TOKEN, or choose an open model (--models open, or --{role} NAME)."
+        )
+    if local_folder(name) or Path(name.partition(":")[2]).is_file():
+        return f"The {role.upper()} model in {name!r} cannot be loaded: {chain[0]}"
+    return (
+        f"The {role.upper()} model {name!r} cannot be loaded ({str(error)[:120].splitlines()[0]}…): check "
+        f"its name and the network, accept its licence and set HF_TOKEN if it is gated, or name "
+        f"another with --{role} (a local folder works offline)."
+    )
+
+
+def _short_side(processor: Any) -> int:
+    size = dict(processor.size)
+    return int(size.get("shortest_edge") or min(size["height"], size["width"]))
+
+
+def _dino_dim(model: nn.Module) -> int:
+    config: Any = model.config
+    width = getattr(config, "hidden_size", None) or getattr(config, "num_features", None)
+    return int(width or config.hidden_sizes[-1])
+
+
+def _clip_dim(model: Any) -> int:
+    return int(model.encode_text(torch.zeros(1, model.context_length, dtype=torch.long)).shape[-1])
+
+
+def _mixed_precision(device: str) -> torch.autocast:
+    kind = device.partition(":")[0]
+    return torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu")
+
+
+for _chatty in ("open_clip", "huggingface_hub"):  # what matters of it is in the error we raise
+    logging.getLogger(_chatty).setLevel(logging.CRITICAL)

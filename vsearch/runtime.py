@@ -1,0 +1,59 @@
+"""The way to Ray: a cluster when RAY_ADDRESS names one, else a local one for this process alone."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Ray would start every worker through `uv run` and upload the working directory; workers here share
+# this very environment. Jobs that come by `ray job submit` bring their own setting.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+import ray.exceptions
+
+from vsearch.config import UserError
+
+
+def connect() -> None:
+    """Joins the cluster that RAY_ADDRESS names or starts a local one; does nothing when connected."""
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        ray.init(address="local", include_dashboard=False, **quiet)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # One death while a model loads (a node that goes away) must not end the job.
+    context.max_consecutive_actor_init_deaths = 3
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def cpus() -> int:
+    """Cores of the connected cluster."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def gpus() -> int:
+    """GPUs of the connected cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Brings a `UserError` that was raised in a worker back as itself."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        link: BaseException | None = error
+        while link is not None:
+            cause = getattr(link, "cause", None)
+            for found in (link, cause):
+                if isinstance(found, UserError):
+                    raise UserError(str(found)) from error
+            link = link.__cause__ or link.__context__
+        raise

@@ -1,0 +1,111 @@
+"""Which frames of a video are wanted, and its division into spans. Exact arithmetic on fractions.
+
+A span owns the frames with start ≤ pts < end. Its ends are multiples of the sampling interval, so
+'the first frame of each interval' can be decided inside a span, without its neighbours.
+"""
+
+import hashlib
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from fractions import Fraction
+
+from vsearch.config import Sampling
+
+
+@dataclass(frozen=True)
+class SpanGrid:
+    """The spans of one video: number k covers [origin_s + k·length_s, origin_s + (k+1)·length_s)
+    seconds of stream time; number 0 also takes whatever lies before.
+    """
+
+    origin_s: Fraction
+    length_s: Fraction
+
+    def start_s(self, number: int) -> Fraction:
+        return self.origin_s + number * self.length_s
+
+    def end_s(self, number: int) -> Fraction:
+        return self.start_s(number + 1)
+
+    def number_of(self, pts_s: Fraction) -> int:
+        return max(0, (pts_s - self.origin_s) // self.length_s)
+
+
+@dataclass(frozen=True)
+class SpanRun:
+    """Neighbouring spans to decode in one go: numbers first … stop − 1, to the end of the stream
+    when `stop` is None.
+    """
+
+    first: int
+    stop: int | None
+
+
+def span_grid(sampling: Sampling, video_fps: float | None, start_s: Fraction) -> SpanGrid:
+    """The grid for a video whose stream starts at `start_s`. Spans are at most `span_s` seconds and
+    about `span_frames` frames long, at least one second, and a multiple of the sampling interval.
+    """
+    rate = video_fps if video_fps and math.isfinite(video_fps) and video_fps > 0 else 30.0
+    if sampling.fps is not None:
+        rate = min(rate, sampling.fps)
+    length = Fraction(max(1, math.floor(min(sampling.span_s, sampling.span_frames / rate))))
+    if sampling.fps is not None:
+        interval = 1 / Fraction(sampling.fps).limit_denominator(1000)
+        length = interval * math.ceil(length / interval)
+    return SpanGrid(origin_s=(start_s // length) * length, length_s=length)
+
+
+def expected_spans(grid: SpanGrid, start_s: Fraction, duration_s: float | None) -> int:
+    """How many spans a video should have by its header, at least 1. Only a claim: the last run is
+    always decoded to the end of the stream, whatever the header says.
+    """
+    if duration_s is None or not math.isfinite(duration_s) or duration_s <= 0:
+        return 1
+    return max(1, math.ceil((start_s + Fraction(duration_s) - grid.origin_s) / grid.length_s))
+
+
+def missing_runs(expected: int, done: Collection[int], ended: bool, longest: int) -> list[SpanRun]:
+    """Runs of at most `longest` spans that cover what is not in `done`. Unless the span with the end
+    of the stream is among the done (`ended`), the last run is open.
+    """
+    if ended:
+        expected = max(done, default=-1) + 1
+    missing = [number for number in range(expected) if number not in done]
+    runs: list[SpanRun] = []
+    for number in missing:
+        last = runs[-1] if runs else None
+        if last and last.stop == number and number - last.first < longest:
+            runs[-1] = SpanRun(last.first, number + 1)
+        else:
+            runs.append(SpanRun(number, number + 1))
+    if ended:
+        return runs
+    tail = max([expected - 1, *(number for number in done if number >= expected)])
+    while tail in done:
+        tail += 1
+    if runs and runs[-1].stop == tail + 1:
+        return [*runs[:-1], SpanRun(runs[-1].first, None)]
+    return [*runs, SpanRun(tail, None)]
+
+
+def span_id(video_id: str, made_with: str, number: int) -> str:
+    """16 hexadecimal digits that name a span: of which video, made with which encoders and sampling."""
+    return hashlib.sha256(f"{video_id}|{made_with}|{number}".encode()).hexdigest()[:16]
+
+
+class FrameSampler:
+    """Keeps the first frame of each interval of 1/fps seconds; keeps all when fps is None."""
+
+    def __init__(self, fps: float | None) -> None:
+        self._fps = None if fps is None else Fraction(fps).limit_denominator(1000)
+        self._last_interval: int | None = None
+
+    def keep(self, pts_s: Fraction) -> bool:
+        if self._fps is None:
+            return True
+        interval = math.floor(pts_s * self._fps)
+        if interval == self._last_interval:
+            return False
+        self._last_interval = interval
+        return True

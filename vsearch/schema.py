@@ -1,0 +1,91 @@
+"""The contract between the stages: Arrow schemas of the corpus' tables, and the ids in them."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import pyarrow as pa
+
+VIDEOS = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("etag", pa.string()),  # what the storage says changes with the content
+        pa.field("container", pa.string()),
+        pa.field("codec", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("fps", pa.float64()),
+        pa.field("start_s", pa.float64()),
+        pa.field("duration_s", pa.float64()),
+        pa.field("zero_s", pa.float64()),
+        pa.field("span_s", pa.float64()),
+        pa.field("expected_spans", pa.int32()),
+        pa.field("recorded_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("recorded_at_source", pa.string(), nullable=False),  # container | ingest
+        pa.field("ingested_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("status", pa.string(), nullable=False),  # ok | failed, of the probe
+        pa.field("reason", pa.string()),
+    ]
+)
+"""One row for each probe of a video; the latest row of a URI counts."""
+
+
+def frames_schema(dino_dim: int, clip_dim: int) -> pa.Schema:
+    """One row an embedded frame: `frame` counts within its span, `pts_s` is stream time."""
+    return pa.schema(
+        [
+            pa.field("video_id", pa.string(), nullable=False),
+            pa.field("span_id", pa.string(), nullable=False),
+            pa.field("span", pa.int32(), nullable=False),
+            pa.field("frame", pa.int32(), nullable=False),
+            pa.field("pts_s", pa.float64(), nullable=False),
+            pa.field("dino", pa.list_(pa.float16(), dino_dim), nullable=False),
+            pa.field("clip", pa.list_(pa.float16(), clip_dim), nullable=False),
+        ]
+    )
+
+
+ROWS = pa.schema(
+    [
+        pa.field("video", pa.int32(), nullable=False),  # position in the manifest's list of videos
+        pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("end_s", pa.float64(), nullable=False),
+    ]
+)
+"""One row of the index, in the order of the shard's vectors: by video, then by time."""
+
+SPANS_KEY = b"vsearch.spans"
+"""Key of a frames file's own metadata under which its span records lie, as a JSON list. Records and
+rows share one file, so that a span is stored whole or not at all."""
+
+
+@dataclass(frozen=True)
+class SpanRecord:
+    """What became of one span. `errors` are plain sentences; `last_pts_s` is of its last decoded
+    frame; `ended` tells that the stream ended in it.
+    """
+
+    video_id: str
+    span_id: str
+    span: int
+    frames: int
+    last_pts_s: float | None
+    ended: bool
+    errors: list[str]
+
+
+SAMPLE_BYTES = 1 << 16
+
+
+def fingerprint(file: BinaryIO, size_bytes: int) -> str:
+    """`video_id`: 32 hexadecimal digits of the SHA-256 of the size and of five samples of 64 KiB
+    spread evenly over the file, so that it costs the same for any size.
+    """
+    digest = hashlib.sha256(size_bytes.to_bytes(8, "little"))
+    last = max(0, size_bytes - SAMPLE_BYTES)
+    for offset in sorted({last * quarter // 4 for quarter in range(5)}):
+        file.seek(offset)
+        digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,329 @@
+"""Frames to projector: Ray Train runs the loop below on every worker.
+
+Pairs are read once, from the frames files that fall to the worker, and stay in its memory (on its
+GPU where there is one). Validation is split by video: neighbouring frames are nearly equal, so a
+split by frame would measure memory, not understanding.
+"""
+
+import hashlib
+import json
+import math
+import tempfile
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from vsearch import runtime
+from vsearch.config import TrainConfig, UserError
+from vsearch.corpus import Corpus, newest_projector, vector_matrix
+
+if TYPE_CHECKING:
+    import torch
+
+VALIDATION_PAIRS = 2000
+"""The metrics are taken on at most this many pairs a worker, spread evenly over its videos."""
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """The projector in use afterwards and its validation metrics; `new`: it was trained now."""
+
+    version: str
+    new: bool
+    metrics: dict[str, float]
+
+
+def train(
+    corpus_url: str,
+    config: TrainConfig | None = None,
+    workers: int | None = None,
+) -> TrainSummary:
+    """Trains a projector on the corpus' pairs, unless the newest one was trained on the same. A run
+    that was cut off is taken up after its last finished epoch.
+    """
+    config = config or TrainConfig()
+    corpus = Corpus(corpus_url)
+    files = _files_of_spans(corpus)
+    if not files:
+        raise UserError(f"The corpus at {corpus_url} holds no frames yet: ingest videos first.")
+    text = json.dumps([sorted(span for spans in files.values() for span in spans), asdict(config)])
+    trained_on = hashlib.sha256(text.encode()).hexdigest()[:16]
+    newest = newest_projector(corpus)
+    if newest and newest[1]["trained_on"] == trained_on:
+        return TrainSummary(newest[0], False, newest[1]["metrics"])
+    runtime.connect()
+    gpus = runtime.gpus()
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config={
+            "corpus": corpus_url,
+            "files": files,
+            "config": asdict(config),
+            "trained_on": trained_on,
+        },
+        scaling_config=ScalingConfig(num_workers=workers or max(1, gpus), use_gpu=gpus > 0),
+        run_config=RunConfig(
+            name=trained_on,
+            storage_path=_runs_folder(corpus),
+            failure_config=FailureConfig(max_failures=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    with runtime.user_errors():
+        trainer.fit()
+    newest = newest_projector(corpus)
+    if newest is None or newest[1]["trained_on"] != trained_on:
+        raise RuntimeError("the training ended without a projector")
+    return TrainSummary(newest[0], True, newest[1]["metrics"])
+
+
+def split_videos(video_ids: list[str], share: float) -> set[str]:
+    """The videos kept for validation: about `share` of them, drawn by their ids, so that a video
+    stays on its side as the corpus grows; at least one, if there are two.
+    """
+    draw = {v: int(hashlib.sha256(v.encode()).hexdigest()[:8], 16) / 2**32 for v in video_ids}
+    ranked = sorted(draw, key=lambda video: draw[video])
+    if len(ranked) < 2:
+        return set()
+    wanted = sum(value < share for value in draw.values())
+    return set(ranked[: min(max(1, wanted), len(ranked) - 1)])
+
+
+def _runs_folder(corpus: Corpus) -> str:
+    local = corpus.local_path("projector/.runs")
+    return str(Path(local).absolute()) if local else f"{corpus.url.rstrip('/')}/projector/.runs"
+
+
+def _files_of_spans(corpus: Corpus) -> dict[str, list[str]]:
+    """Frames file → ids of the spans that count in it."""
+    files: dict[str, list[str]] = {}
+    for span, (name, record) in corpus.spans().items():
+        if record.frames:
+            files.setdefault(name, []).append(span)
+    return {name: sorted(files[name]) for name in sorted(files)}
+
+
+# ── on the workers ───────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """This worker's pairs: training x (n, d), y (n, c) in fp16, validation in fp32."""
+
+    x: "torch.Tensor"
+    y: "torch.Tensor"
+    x_val: "torch.Tensor"
+    y_val: "torch.Tensor"
+
+
+def _load_pairs(
+    job: dict[str, Any], config: TrainConfig, rank: int, world: int, device: Any
+) -> _Pairs:
+    import torch
+
+    corpus = Corpus(job["corpus"])
+    names = list(job["files"])
+    records = [record for _, record in corpus.spans().values() if record.frames]
+    held_out = split_videos(sorted({record.video_id for record in records}), config.validation)
+    share = min(1.0, config.max_pairs / sum(record.frames for record in records))
+    by_file = len(names) >= 4 * world  # few files are dealt out by rows, so that all ranks get some
+    rng = np.random.default_rng(config.seed)
+    dino, clip, held = [], [], []
+    for name in names[rank::world] if by_file else names:
+        for table in corpus.frames(name, ["video_id", "span_id", "dino", "clip"]):
+            chosen = np.isin(table["span_id"].to_numpy(zero_copy_only=False), job["files"][name])
+            chosen &= rng.random(len(chosen)) < share
+            table = table.filter(pa.array(chosen))
+            dino.append(vector_matrix(table["dino"]))
+            clip.append(vector_matrix(table["clip"]))
+            held.append(np.isin(table["video_id"].to_numpy(zero_copy_only=False), list(held_out)))
+    x, y, validation = np.concatenate(dino), np.concatenate(clip), np.concatenate(held)
+    train_rows, val_rows = np.flatnonzero(~validation), np.flatnonzero(validation)
+    if not by_file:
+        train_rows = train_rows[rank::world]
+    if not len(val_rows):  # a single video: there is nothing to hold out
+        val_rows = train_rows
+    few = np.linspace(0, len(val_rows) - 1, min(len(val_rows), VALIDATION_PAIRS)).astype(int)
+    val_rows = val_rows[few]
+    return _Pairs(
+        torch.from_numpy(x[train_rows]).to(device),
+        torch.from_numpy(y[train_rows]).to(device),
+        torch.from_numpy(x[val_rows]).float().to(device),
+        torch.from_numpy(y[val_rows]).float().to(device),
+    )
+
+
+def _train_loop(job: dict[str, Any]) -> None:
+    import torch
+    from ray.train.torch import get_device, prepare_model
+
+    from vsearch.projector import Projector, paired_metrics, projection_loss
+
+    config = TrainConfig(**job["config"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = get_device()
+    torch.manual_seed(config.seed)  # the same on all ranks: they start from one model
+    pairs = _load_pairs(job, config, rank, world, device)
+    count, mean, std = _statistics(pairs.x, world)
+    fewest = _across(torch.tensor(float(len(pairs.x)), device=device), "MIN", world)
+    batch = max(1, min(config.batch_size, int(fewest)))
+    steps_per_epoch = max(1, int(fewest) // batch)
+
+    projector = Projector(pairs.x.shape[1], pairs.y.shape[1], config.hidden)
+    projector.standardise_by(mean.cpu(), std.cpu())
+    model = prepare_model(projector)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.learning_rate, weight_decay=config.weight_decay
+    )
+    state = _State(projector, optimizer)
+    state.resume(ray.train.get_checkpoint(), device)
+    began = time.monotonic()
+    while state.epoch < config.max_epochs and state.epoch - state.best_epoch <= config.patience:
+        order = torch.randperm(
+            len(pairs.x), generator=torch.Generator().manual_seed(state.epoch * 10_007 + rank)
+        ).to(device)
+        losses = []
+        for step in range(steps_per_epoch):
+            done = state.epoch * steps_per_epoch + step
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * _warm_cosine(
+                    done, config.max_epochs * steps_per_epoch
+                )
+            rows = order[step * batch : (step + 1) * batch]
+            loss = projection_loss(
+                model(pairs.x[rows].float()),
+                pairs.y[rows].float(),
+                config.info_nce_weight,
+                config.temperature,
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        with torch.inference_mode():
+            found = paired_metrics(projector(pairs.x_val), pairs.y_val)
+        # Ranks may hold different validation pairs, and all must stop at the same epoch.
+        values = _across(torch.tensor(list(found.values()), device=device), "SUM", world) / world
+        metrics = dict(zip(found, values.tolist(), strict=True))
+        state.note(metrics)
+        report = {"epoch": state.epoch, "loss": float(torch.stack(losses).mean()), **metrics}
+        print(json.dumps({"stage": "train", **report}), flush=True)  # seen in a job's log
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = state.save(Path(folder)) if rank == 0 else None
+            ray.train.report(report, checkpoint=checkpoint)
+        state.epoch += 1
+    if rank == 0:
+        projector.load_state_dict(state.best)
+        summary = {
+            "epochs": state.epoch,
+            "train_pairs": int(count),
+            "validation_pairs": len(pairs.x_val),
+            "seconds": round(time.monotonic() - began, 1),
+            **{name: round(value, 4) for name, value in state.best_metrics.items()},
+        }
+        _publish(Corpus(job["corpus"]), projector, config, job["trained_on"], summary)
+
+
+def _warm_cosine(step: int, steps: int, warm_up: int = 50) -> float:
+    """The share of the learning rate at a step: a linear start, then half a cosine down to zero."""
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _across(value: "torch.Tensor", how: str, world: int) -> "torch.Tensor":
+    import torch.distributed as dist
+
+    if world > 1:
+        dist.all_reduce(value, getattr(dist.ReduceOp, how))
+    return value
+
+
+def _statistics(
+    x: "torch.Tensor", world: int
+) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    """(count, mean (d,), standard deviation (d,)) of the training inputs of all ranks."""
+    import torch
+
+    count = _across(torch.tensor(float(len(x)), device=x.device), "SUM", world)
+    mean = _across(x.double().sum(0), "SUM", world) / count
+    square = _across((x.double() - mean).square().sum(0), "SUM", world) / count
+    return count, mean.float(), square.sqrt().float()
+
+
+class _State:
+    """What a training must keep to go on after a cut: weights, Adam's moments, the best so far."""
+
+    def __init__(self, projector: Any, optimizer: Any) -> None:
+        self._projector, self._optimizer = projector, optimizer
+        self.epoch = self.best_epoch = 0
+        self.best: dict[str, torch.Tensor] = {}
+        self.best_metrics: dict[str, float] = {"cosine": -math.inf}
+
+    def note(self, metrics: dict[str, float]) -> None:
+        if metrics["cosine"] > self.best_metrics["cosine"]:
+            self.best_epoch, self.best_metrics = self.epoch, metrics
+            self.best = {k: v.detach().clone() for k, v in self._projector.state_dict().items()}
+
+    def save(self, folder: Path) -> Any:
+        from safetensors.torch import save_file
+
+        tensors = {f"model.{k}": v for k, v in self._projector.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        for number, values in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{name}": value for name, value in values.items()}
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+            folder / "state.safetensors",
+        )
+        (folder / "state.json").write_text(
+            json.dumps([self.epoch, self.best_epoch, self.best_metrics])
+        )
+        return ray.train.Checkpoint.from_directory(folder)
+
+    def resume(self, checkpoint: Any, device: Any) -> None:
+        if checkpoint is None:
+            return
+        from safetensors.torch import load_file
+
+        with checkpoint.as_directory() as folder:
+            tensors = load_file(Path(folder) / "state.safetensors", device=str(device))
+            epoch, self.best_epoch, self.best_metrics = json.loads(
+                (Path(folder) / "state.json").read_text()
+            )
+        self.epoch = epoch + 1
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}, "adam": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        self._projector.load_state_dict(parts["model"])
+        self.best = parts["best"]
+        adam = self._optimizer.state_dict()
+        for key, value in parts["adam"].items():
+            number, _, name = key.partition(".")
+            adam["state"].setdefault(int(number), {})[name] = value
+        self._optimizer.load_state_dict(adam)
+
+
+def _publish(
+    corpus: Corpus, projector: Any, config: TrainConfig, trained_on: str, metrics: dict[str, Any]
+) -> None:
+    """Writes the projector's folder; `config.json` comes last and makes it count."""
+    version = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    weights, sizes = projector.to_bytes()
+    record = {
+        **json.loads(sizes),
+        "trained_on": trained_on,
+        "training": asdict(config),
+        "metrics": metrics,
+    }
+    corpus.write(f"projector/{version}/model.safetensors", weights)
+    corpus.write(f"projector/{version}/config.json", (json.dumps(record, indent=2) + "\n").encode())
