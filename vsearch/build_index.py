@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def _ends(pts_s: Any, video: Any) -> Any:
 
 def _stretches(video: Any) -> list[tuple[int, int]]:
     edges = [0, *(np.flatnonzero(np.diff(video)) + 1).tolist(), len(video)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _projection(corpus: Corpus, projector: str | None) -> Callable[[pa.Table], Any]:

@@ -1,4 +1,4 @@
-"""What a corpus is made with: encoders and sampling. Checked on construction, free of heavy imports."""
+"""What a corpus is made with: encoders, sampling. Checked on construction; no heavy imports."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -7,6 +7,7 @@ so whatever has its final name is whole.
 import io
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -85,22 +86,22 @@ class Corpus:
         if not self._local:
             self._fs.pipe_file(path, data)
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
 
     def put(self, local_file: str, name: str) -> None:
         """Moves a finished local file into the corpus."""
         if self._local:
-            os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
-            os.replace(local_file, self.path(name))
+            Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(local_file, self.path(name))
         else:
             self._fs.put_file(local_file, self.path(name))
-            os.remove(local_file)
+            Path(local_file).unlink()
 
     def fetch(self, name: str, sha256: str) -> Path:
         """A copy of a file on this machine's disk, kept under its SHA-256 for the next time."""
@@ -109,7 +110,7 @@ class Corpus:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
             self._fs.get_file(self.path(name), str(temporary))
-            os.replace(temporary, path)
+            temporary.replace(path)
         return path
 
     def write_table(self, name: str, table: pa.Table) -> None:
@@ -229,13 +230,11 @@ class Corpus:
 
     def states(self) -> list[VideoState]:
         """What is known and embedded of every video."""
+        fps = self.config.sampling.fps
         by_video: dict[str, list[SpanRecord]] = {}
         for _, span in self.spans().values():
             by_video.setdefault(span.video_id, []).append(span)
-        return [
-            _state(row, by_video.get(row["video_id"], []), self.config.sampling.fps)
-            for row in self.videos()
-        ]
+        return [_state(row, by_video.get(row["video_id"], []), fps) for row in self.videos()]
 
 
 def _state(row: dict[str, Any], spans: list[SpanRecord], fps: float | None) -> VideoState:

@@ -23,8 +23,9 @@ from vsearch.sampling import SpanRun, expected_spans, missing_runs, span_grid, s
 from vsearch.schema import VIDEOS, SpanRecord, fingerprint, frames_schema
 from vsearch.video import VideoError, VideoInfo, decode, probe, seekable
 
-VIDEO_SUFFIXES = tuple(
-    [".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"]
+VIDEO_SUFFIXES = (
+    *(".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
+    *(".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 )
 SPANS_PER_FILE = 16
 EMBEDDER_MEMORY_BYTES = 3 << 30

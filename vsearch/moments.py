@@ -31,7 +31,7 @@ def grow(
     end_s: Seconds,
     background: float,
     max_gap_s: float,
-    taken: Callable[[int], bool] = lambda row: False,
+    taken: NDArray[np.bool_],
     piece: int = 256,
 ) -> Stretch:
     """The stretch around a peak within rows [lowest, highest): outwards from the peak as long as
@@ -41,7 +41,7 @@ def grow(
     corpus (full width at half maximum). So neighbours that answer about as well are merged, and the
     scene before the cut, which answers worse, stays outside. `scores(i, j)` gives the scores of rows
     i … j − 1; they are asked for in pieces, so a long video costs no more than its answer. Rows for
-    which `taken` is true belong to a stronger stretch and end the growth.
+    which `taken` (rows,) is true belong to a stronger stretch and end the growth.
     """
     top = float(scores(peak, peak + 1)[0])
     threshold = (top + background) / 2
@@ -60,7 +60,7 @@ def grow(
             for offset in range(far - near):
                 row = near + offset if step > 0 else far - 1 - offset
                 gap_s = start_s[row] - end_s[edge] if step > 0 else start_s[edge] - end_s[row]
-                if gap_s > max_gap_s or taken(row):
+                if gap_s > max_gap_s or taken[row]:
                     return edge
                 value = float(values[row - near])
                 if value >= threshold:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -185,12 +185,12 @@ class Engine:
                 row,
                 int(lowest),
                 int(highest),
-                lambda i, j, shard=timeline.shard: shard.scores(vector, i, j),
+                partial(timeline.shard.scores, vector),
                 timeline.start_s,
                 timeline.end_s,
                 background,
                 max_gap_s,
-                lambda other, used=used: bool(used[other]),
+                used,
             )
             used[stretch.first : stretch.last + 1] = True
             found.append(

@@ -246,15 +246,18 @@ def to_rgb(
     scale = short_side_px / min(width, frame.height)
     longest = MAX_ASPECT * short_side_px
     size = [min(longest, max(1, round(side * scale))) for side in (width, frame.height)]
-    picture = frame.reformat(size[0], size[1], "rgb24", interpolation="BICUBIC").to_ndarray()
-    return np.rot90(picture, k=round(frame.rotation / 90))
+    return np.rot90(_scaled(frame, size[0], size[1]), k=round(frame.rotation / 90))
 
 
 def _fit(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     if picture.shape[:2] == (height, width):
         return picture
-    frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-    return frame.reformat(width, height, interpolation="BICUBIC").to_ndarray()
+    return _scaled(VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24"), width, height)
+
+
+def _scaled(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
+    scaled = frame.reformat(width, height, "rgb24", interpolation="BICUBIC")
+    return np.asarray(scaled.to_ndarray(), np.uint8)
 
 
 def _open(file: BinaryIO) -> InputContainer:

@@ -125,7 +125,7 @@ class SceneRenderer:
         travelled_px = min(int(abs(scene.pan_per_s) * time_s * FRAME_PX), spare_px)
         left = travelled_px if scene.pan_per_s >= 0 else spare_px - travelled_px
         picture = Image.fromarray(self._background[:, left : left + FRAME_PX])
-        for x, y in self._centres(time_s):
+        for x, y in self.centres(time_s):
             side = self._sprite.width
             picture.paste(
                 self._sprite,
@@ -141,8 +141,9 @@ class SceneRenderer:
             pixels = pixels + np.float32(scene.noise_sigma) * window
         return np.clip(pixels, 0, 255).astype(np.uint8)
 
-    def _centres(self, time_s: float) -> list[Point]:
-        """Where the objects are: the group moves as one and bounces off the frame's edges."""
+    def centres(self, time_s: float) -> list[Point]:
+        """Where the objects' centres are (x, y in fractions of the frame): the group moves as one and
+        bounces off the frame's edges."""
         scene = self.scene
         spread = scene.radius * 1.15
         offsets: list[Point] = {
@@ -313,7 +314,7 @@ def _rows(height: int) -> Field:
     return np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
 
 
-def _pixels(field: Field) -> Pixels:
+def _pixels(field: NDArray[np.floating]) -> Pixels:
     return np.ascontiguousarray(np.clip(field, 0, 255).astype(np.uint8))
 
 

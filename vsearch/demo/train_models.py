@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -44,17 +45,18 @@ from vsearch.demo.sentences import (
     sentence,
 )
 
-CLIP_PX, DINO_PX = 64, 96
-WEIGHTS = {"kind": 2.0, "colour": 1.0, "setting": 0.5, "count": 0.5}
+CLIP_PX, DINO_PX = 64, 64
+CELLS = 8
+"""The frame is divided into CELLS × CELLS cells, the grid of DINO's second stage (stride 8)."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_CONFIG = {
+CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": CLIP_PX, "layers": [1, 1, 2, 1], "width": 24, "patch_size": None},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 80, "heads": 4, "layers": 3},
 }
-DINO_CONFIG = {
-    "hidden_sizes": [32, 64, 160, 256],
-    "depths": [1, 2, 4, 1],
+DINO_CONFIG: dict[str, Any] = {
+    "hidden_sizes": [48, 96, 192, 256],
+    "depths": [2, 3, 3, 1],
     "image_size": DINO_PX,
     "layer_scale_init_value": 0.1,
 }
@@ -62,9 +64,11 @@ DINO_CONFIG = {
 
 @dataclass(frozen=True)
 class Pictures:
-    """Two frames of each scene at different times: uint8 (scenes, 2, side_px, side_px, 3)."""
+    """Two frames of each scene at different times: `pixels` is uint8 (scenes, 2, side_px, side_px,
+    3), `covered` bool (scenes, 2, CELLS, CELLS) tells which cells of the frame an object covers."""
 
     pixels: NDArray[np.uint8]
+    covered: NDArray[np.bool_]
     scenes: list[Scene]
 
 
@@ -78,6 +82,8 @@ def _allowed_pair(rng: np.random.Generator, unseen: bool) -> tuple[str, str]:
 def _draw(seed: int, count: int, side_px: int, unseen: bool) -> Pictures:
     rng = np.random.default_rng(seed)
     pixels = np.empty((count, 2, side_px, side_px, 3), np.uint8)
+    covered = np.zeros((count, 2, CELLS, CELLS), np.bool_)
+    middle = (np.arange(CELLS) + 0.5) / CELLS
     scenes = []
     filters = [Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC]
     for i in range(count):
@@ -88,8 +94,10 @@ def _draw(seed: int, count: int, side_px: int, unseen: bool) -> Pictures:
             frame = Image.fromarray(renderer.frame(float(time_s)))
             size = (side_px, side_px)
             pixels[i, j] = np.asarray(frame.resize(size, filters[int(rng.integers(3))]))
+            for x, y in renderer.centres(float(time_s)):
+                covered[i, j] |= np.hypot(middle - x, middle[:, None] - y) < 0.85 * scene.radius
         scenes.append(scene)
-    return Pictures(pixels, scenes)
+    return Pictures(pixels, covered, scenes)
 
 
 def draw_pictures(
@@ -109,19 +117,30 @@ def draw_pictures(
             )
         )
     return Pictures(
-        np.concatenate([part.pixels for part in parts]), [s for part in parts for s in part.scenes]
+        np.concatenate([part.pixels for part in parts]),
+        np.concatenate([part.covered for part in parts]),
+        [scene for part in parts for scene in part.scenes],
     )
 
 
-def to_input(pixels: NDArray[np.uint8], augment: bool = False) -> Tensor:
+def to_input(pixels: NDArray[np.uint8]) -> Tensor:
     """uint8 (n, h, w, 3) → normalised float32 (n, 3, h, w)."""
     x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
-    if augment:
-        n = len(x)
-        x = torch.where(torch.rand(n, 1, 1, 1) < 0.5, x, x.flip(3))
-        x = x * (0.85 + 0.3 * torch.rand(n, 1, 1, 1))
-        shift = [int(s) for s in torch.randint(-4, 5, (2,))]
-        x = x.roll(shift, dims=(2, 3)).clamp(0, 1)
+    return _normalise(x)
+
+
+def augmented(pixels: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    """As `to_input`, with random brightness, small shifts and mirroring; also tells which frames
+    were mirrored, bool (n,)."""
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
+    mirrored = torch.rand(len(x)) < 0.5
+    x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    x = x * (0.85 + 0.3 * torch.rand(len(x), 1, 1, 1))
+    shift = [int(s) for s in torch.randint(-2, 3, (2,))]
+    return _normalise(x.roll(shift, dims=(2, 3)).clamp(0, 1)), mirrored
+
+
+def _normalise(x: Tensor) -> Tensor:
     mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -163,7 +182,7 @@ def train_clip(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Modu
         used[tokens.flatten()] = True
         true = np.array([[mention.matches(scene) for mention in mentions] for scene in scenes])
         also_true = torch.from_numpy(true & ~np.eye(batch, dtype=bool))
-        images = to_input(pictures.pixels[rows, rng.integers(0, 2, batch)], augment=True)
+        images, _ = augmented(pictures.pixels[rows, rng.integers(0, 2, batch)])
         with torch.autocast("cpu", torch.bfloat16):
             image_features, text_features, scale = model(images, tokens)
         logits = scale.float() * image_features.float() @ text_features.float().T
@@ -208,14 +227,25 @@ def _nt_xent(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def train_dino(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Module:
-    """A DINOv3 ConvNeXt on pairs of frames of `batch // 2` scenes a step; no text is involved."""
+    """A DINOv3 ConvNeXt on pairs of frames of `batch // 2` scenes a step; no text is involved.
+
+    What is asked of it: of the whole frame kind, colour, setting and count, by linear heads on the
+    CLS token; of each cell which kind and colour covers it, by linear heads on the second and third
+    stage; and that two frames of a scene are nearer to each other than to other scenes.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = DINOv3ConvNextModel(DINOv3ConvNextConfig(**DINO_CONFIG))
     model = model.to(memory_format=torch.channels_last).train()
-    width = DINO_CONFIG["hidden_sizes"][-1]
+    _, second, third, width = DINO_CONFIG["hidden_sizes"]
     sizes = {"kind": len(KINDS), "colour": len(COLOURS), "setting": len(SETTINGS), "count": 4}
     heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+    cell_classes = {"kind": len(KINDS) + 1, "colour": len(COLOURS) + 1}  # the last: not covered
+    for stage, channels in ((2, second), (3, third)):
+        for name, size in cell_classes.items():
+            heads[f"{name}{stage}"] = nn.Sequential(
+                nn.GroupNorm(1, channels), nn.Conv2d(channels, size, 1)
+            )
     mapper = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 64))
     parameters = [*model.parameters(), *heads.parameters(), *mapper.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
@@ -224,35 +254,43 @@ def train_dino(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Modu
     began = time.monotonic()
     for step in range(steps):
         rows = rng.choice(len(pictures.scenes), batch // 2, replace=False)
-        # Half of the scenes get false colours, so that shape is learned for itself and is still
+        # A third of the scenes get false colours, so that shape is learned for itself and is still
         # known when it comes in a colour it never came in; their colour is not asked for.
-        false = torch.rand(len(rows)) < 0.5
-        pair = [to_input(pictures.pixels[rows, j], augment=True) for j in (0, 1)]
-        pair = _false_colours(pair, false)
-        asked = {name: column[rows] for name, column in labels.items()}
-        asked["colour"] = asked["colour"].masked_fill(false, -100)
+        false = torch.rand(len(rows)) < 1 / 3
+        frames, mirrored = zip(*(augmented(pictures.pixels[rows, j]) for j in (0, 1)), strict=True)
+        x = torch.cat(_false_colours(list(frames), false))
+        asked = {name: column[rows].repeat(2) for name, column in labels.items()}
+        asked["colour"] = asked["colour"].masked_fill(false.repeat(2), -100)
+        covered = torch.from_numpy(np.concatenate([pictures.covered[rows, j] for j in (0, 1)]))
+        covered = torch.where(torch.cat(mirrored)[:, None, None], covered.flip(2), covered)
         with torch.autocast("cpu", torch.bfloat16):
-            features = model(pixel_values=torch.cat(pair)).last_hidden_state[:, 0]
-            mapped = mapper(features)
-            named = {name: head(features).float() for name, head in heads.items()}
-        agreement = _nt_xent(*mapped.chunk(2))
-        losses = [
-            WEIGHTS[name] * F.cross_entropy(named[name], asked[name].repeat(2), ignore_index=-100)
-            for name in sizes
-        ]
-        naming = torch.stack(losses).sum()
-        loss = naming + 0.2 * agreement
+            out = model(pixel_values=x, output_hidden_states=True)
+            mapped = mapper(out.last_hidden_state[:, 0])
+            losses = {
+                name: F.cross_entropy(
+                    heads[name](out.last_hidden_state[:, 0]).float(), asked[name], ignore_index=-100
+                )
+                for name in sizes
+            }
+            for stage in (2, 3):
+                cells = covered if stage == 2 else covered[:, ::2, ::2] & covered[:, 1::2, 1::2]
+                for name, size in cell_classes.items():
+                    truth = torch.where(cells, asked[name][:, None, None], size - 1)
+                    losses[f"{name}{stage}"] = F.cross_entropy(
+                        heads[f"{name}{stage}"](out.hidden_states[stage]).float(),
+                        truth,
+                        ignore_index=-100,
+                    )
+        losses["agreement"] = 0.2 * _nt_xent(*mapped.chunk(2))
+        loss = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            print(
-                f"dino {step:5d} naming {naming.item():.3f} agreement {agreement.item():.3f} "
-                f"{time.monotonic() - began:.0f} s",
-                flush=True,
-            )
+            parts = "  ".join(f"{name} {value.item():.2f}" for name, value in losses.items())
+            print(f"dino {step:5d}  {parts}  {time.monotonic() - began:.0f} s", flush=True)
     return model.eval()
 
 
@@ -271,9 +309,10 @@ def clip_figures(model: nn.Module, seen: Pictures, unseen: Pictures, seed: int) 
     setting_text = text([Mention(setting=s) for s in SETTINGS])
     figures = {}
     for name, pictures in (("seen", seen), ("unseen", unseen)):
-        rows = [i for i, s in enumerate(pictures.scenes) if s.pair]
+        with_pair = [(i, s.pair) for i, s in enumerate(pictures.scenes) if s.pair]
+        rows = [i for i, _ in with_pair]
         z = model.encode_image(to_input(pictures.pixels[rows, 0]), normalize=True)
-        truth = torch.tensor([pairs.index(pictures.scenes[i].pair) for i in rows])
+        truth = torch.tensor([pairs.index(pair) for _, pair in with_pair])
         figures[f"pair accuracy, {name} pairs"] = (
             ((z @ pair_text.T).argmax(1) == truth).float().mean()
         )
@@ -368,7 +407,9 @@ def main() -> None:
             save_clip(model, args.out / name)
         else:
             model = train_dino(pictures, args.dino_steps, args.batch, args.seed)
-            probe = Pictures(pictures.pixels[:4000], pictures.scenes[:4000])
+            probe = Pictures(
+                pictures.pixels[:4000], pictures.covered[:4000], pictures.scenes[:4000]
+            )
             figures[name] = dino_figures(model, probe, seen, unseen)
             save_dino(model, args.out / name)
         figures[name]["training minutes"] = round((time.monotonic() - began) / 60, 1)
