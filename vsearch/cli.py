@@ -316,6 +316,12 @@ def demo(
     from vsearch.evaluate import read_queries
 
     world = Path(corpus) / f"world-{seed}-{videos}"
+    others = [path for path in Path(corpus).glob("world-*") if path != world]
+    if others:
+        raise UserError(
+            f"{corpus} holds another world ({others[0].name}), whose sentences would have more answers "
+            f"with this one beside it: choose another --corpus."
+        )
     if not (world / "truth.jsonl").exists():
         with _bar() as bar:
             task = bar.add_task("drawing the videos of a tiny world", total=videos, note="")

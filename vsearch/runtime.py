@@ -8,8 +8,6 @@ from contextlib import contextmanager
 # Ray would start every worker through `uv run` and upload the working directory; workers here share
 # this very environment. Jobs that come by `ray job submit` bring their own setting.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 import ray.exceptions
@@ -21,16 +19,22 @@ def connect() -> None:
     """Joins the cluster that RAY_ADDRESS names or starts a local one; does nothing when connected."""
     if ray.is_initialized():
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
-        ray.init(address="local", include_dashboard=False, **quiet)
+        # Ray's own processes keep their logs in its session folder; the terminal is for people.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # One death while a model loads (a node that goes away) must not end the job.
     context.max_consecutive_actor_init_deaths = 3
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def cpus() -> int:
