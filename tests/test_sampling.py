@@ -42,8 +42,8 @@ def test_the_grid_fits_the_video_and_the_limits(
     assert grid.start_s(0) <= start_s < grid.end_s(0)
     assert grid.length_s >= 1
     interval = 0 if sampling.fps is None else 1 / Fraction(sampling.fps).limit_denominator(1000)
-    rates = [rate for rate in (fps, sampling.fps) if rate and 0 < rate < math.inf] or [30.0]
-    longest = min(sampling.span_s, sampling.span_frames / min(rates))
+    rate = min(fps if fps and 0 < fps < math.inf else 30.0, sampling.fps or math.inf)
+    longest = min(sampling.span_s, sampling.span_frames / rate)
     assert grid.length_s <= max(1, longest) + interval
     if interval:
         assert (grid.length_s / interval).denominator == 1
@@ -117,7 +117,8 @@ def test_span_ids_are_distinct_and_stable(names: set[tuple[str, str, int]]) -> N
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"fps": 0.0}, {"fps": float("nan")}, {"fps": 5000.0}, {"span_s": 0}, {"span_frames": 0}]
+    "wrong",
+    [{"fps": 0.0}, {"fps": float("nan")}, {"fps": 5000.0}, {"span_s": 0}, {"span_frames": 0}],
 )
 def test_impossible_sampling_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError):
