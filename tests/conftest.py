@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 SHARED_VIDEOS = Path(__file__).parents[2] / "shared" / "videos"
 
 
