@@ -218,7 +218,7 @@ def test_another_configuration_is_refused_naming_both(
 
 def test_no_corpus_is_said_and_nothing_made(corpus: Corpus) -> None:
     empty = Corpus(f"{corpus.url}-empty")
-    with pytest.raises(UserError, match="There is no corpus at .*vsearch ingest"):
+    with pytest.raises(UserError, match=r"There is no corpus at .*vsearch ingest"):
         empty.config  # noqa: B018
     assert not empty.exists("corpus.json")
 
@@ -237,7 +237,7 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, content: bytes) -> Non
 def test_another_format_is_refused(corpus: Corpus) -> None:
     content = json.loads(corpus.read("corpus.json")) | {"format_version": 2}
     corpus.write("corpus.json", json.dumps(content).encode())
-    with pytest.raises(UserError, match="has format 2.*reads format 1"):
+    with pytest.raises(UserError, match=r"has format 2.*reads format 1"):
         Corpus(corpus.url).config  # noqa: B018
 
 
