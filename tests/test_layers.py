@@ -1,0 +1,77 @@
+"""The house rules: who may import Ray, and who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vsearch
+
+PACKAGE = Path(vsearch.__file__).parent
+WITHOUT_RAY = [
+    "schema", "config", "corpus", "video", "sampling", "encoders", "projector", "moments", "index",
+    "search", "evaluate",
+]  # fmt: skip
+STAGES = {"ingest", "train", "build_index", "serve"}
+ORDER = [
+    "config", "schema", "sampling", "video", "corpus", "encoders", "projector", "moments", "index",
+    "search", "evaluate", "runtime",
+]  # fmt: skip
+FLOORS = [*({name} for name in ORDER), STAGES, {"cli"}]
+ABOVE = {
+    name: set().union(*FLOORS[:height]) for height, floor in enumerate(FLOORS) for name in floor
+}
+MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+DEMO = sorted((PACKAGE / "demo").rglob("*.py"))
+
+REFUSE_RAY = """
+import importlib, sys
+
+class NoRay:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ray":
+            raise AssertionError(f"{name} was imported")
+
+sys.meta_path.insert(0, NoRay())
+importlib.import_module(sys.argv[1])
+assert not any(name.partition(".")[0] == "ray" for name in sys.modules)
+"""
+
+
+def own_imports(path: Path) -> set[str]:
+    """Names directly under `vsearch` that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in dotted if name.startswith("vsearch.")}
+    return found
+
+
+@pytest.mark.parametrize("module", WITHOUT_RAY)
+def test_module_works_without_ray(module: str) -> None:
+    command = [sys.executable, "-c", REFUSE_RAY, f"vsearch.{module}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_module_imports_only_what_stands_above(module: str) -> None:
+    assert module in ABOVE, f"{module} has no place in the house"
+    assert own_imports(MODULES[module]) <= ABOVE[module]
+
+
+@pytest.mark.parametrize("path", DEMO, ids=lambda path: path.stem)
+def test_demo_imports_only_config(path: Path) -> None:
+    assert own_imports(path) <= {"config", "demo"}
+
+
+def test_every_layer_exists() -> None:
+    assert set(WITHOUT_RAY) | STAGES <= set(MODULES)
