@@ -38,7 +38,11 @@ def head(tmp_path_factory):
         "RAY_AUTH_TOKEN": "a-token-for-this-test-only-0123456789",
     }
     words = [RAY, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"]
-    words += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    words += [
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}",
+    ]
     words += [f"--temp-dir={tmp_path_factory.mktemp('r')}", "--include-dashboard=true"]
     log = (tmp_path_factory.mktemp("head") / "log").open("w+")
     process = subprocess.Popen(

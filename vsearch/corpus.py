@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cached_property
@@ -139,32 +140,32 @@ class Corpus:
         )
         return sorted(names)
 
+    @contextmanager
+    def _parquet(self, name: str) -> Iterator[BinaryIO]:
+        """An open Parquet file; damage is reported with its name."""
+        try:
+            with self.open(name) as file:
+                yield file
+        except pa.ArrowException as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{self.path(name)} is damaged or of another format: {reason}"
+            ) from error
+
     # ── configuration ────────────────────────────────────────────────────────────────────────────
 
     @cached_property
     def config(self) -> CorpusConfig:
         """What the corpus was made with. Raises `UserError` when there is none."""
         try:
-            found = json.loads(self.read("corpus.json"))
+            return _parse_config(self.read("corpus.json"))
         except FileNotFoundError:
             raise UserError(
                 f"There is no corpus at {self.url}: make one with 'vsearch ingest VIDEOS "
                 f"--corpus {self.url}'."
             ) from None
-        except ValueError as error:
-            raise UserError(f"{self.url}/corpus.json is damaged: {error}.") from error
-        if found.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"The corpus at {self.url} has format {found.get('format_version')}; this version of "
-                f"vsearch reads format {FORMAT_VERSION}."
-            )
-        return CorpusConfig(
-            dino=Encoder(**found["dino"]),
-            clip=Encoder(**found["clip"]),
-            input_px=found["input_px"],
-            sampling=Sampling(**found["sampling"]),
-            format_version=found["format_version"],
-        )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.url}/corpus.json is damaged: {error!r}.") from error
 
     def require(self, wanted: CorpusConfig) -> None:
         """Makes the corpus if it is new, else refuses other encoders or sampling than its own."""
@@ -188,11 +189,12 @@ class Corpus:
         """The latest row of each URI, as dictionaries, sorted by URI."""
         latest: dict[str, dict[str, Any]] = {}
         for name in self.files("videos"):
-            with self.open(name) as file:
-                for row in pq.read_table(file, schema=VIDEOS).to_pylist():
-                    known = latest.get(row["uri"])
-                    if known is None or row["ingested_at"] >= known["ingested_at"]:
-                        latest[row["uri"]] = row
+            with self._parquet(name) as file:
+                rows = pq.read_table(file, schema=VIDEOS).to_pylist()
+            for row in rows:
+                known = latest.get(row["uri"])
+                if known is None or row["ingested_at"] >= known["ingested_at"]:
+                    latest[row["uri"]] = row
         return [latest[uri] for uri in sorted(latest)]
 
     def add_frames(self, rows: pa.Table, spans: list[SpanRecord]) -> str:
@@ -209,7 +211,7 @@ class Corpus:
         """
 
         def records(name: str) -> tuple[str, list[SpanRecord]]:
-            with self.open(name) as file:
+            with self._parquet(name) as file:
                 metadata = pq.read_schema(file).metadata or {}
             if SPANS_KEY not in metadata:
                 raise UserError(f"{self.path(name)} is not a frames file of a corpus.")
@@ -224,7 +226,7 @@ class Corpus:
 
     def frames(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
         """The rows of one frames file, in pieces."""
-        with self.open(name) as file:
+        with self._parquet(name) as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=65536, columns=columns):
                 yield pa.Table.from_batches([batch])
 
@@ -235,6 +237,22 @@ class Corpus:
         for _, span in self.spans().values():
             by_video.setdefault(span.video_id, []).append(span)
         return [_state(row, by_video.get(row["video_id"], []), fps) for row in self.videos()]
+
+
+def _parse_config(data: bytes) -> CorpusConfig:
+    found = json.loads(data)
+    if found["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"The corpus has format {found['format_version']}; this version of vsearch reads format "
+            f"{FORMAT_VERSION}."
+        )
+    return CorpusConfig(
+        dino=Encoder(**found["dino"]),
+        clip=Encoder(**found["clip"]),
+        input_px=found["input_px"],
+        sampling=Sampling(**found["sampling"]),
+        format_version=found["format_version"],
+    )
 
 
 def _state(row: dict[str, Any], spans: list[SpanRecord], fps: float | None) -> VideoState:
@@ -291,7 +309,8 @@ def vector_matrix(column: pa.ChunkedArray) -> NDArray[np.float16]:
 def _brief(part: Encoder | Sampling) -> str:
     if isinstance(part, Encoder):
         return f"{part.model} (weights {part.revision})"
-    return "every frame" if part.fps is None else f"{part.fps:g} frames a second"
+    rate = "every frame" if part.fps is None else f"{part.fps:g} frames a second"
+    return f"{rate} in spans of {part.span_s:g} s"
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

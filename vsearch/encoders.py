@@ -8,12 +8,14 @@ for CLIP.
 import hashlib
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
@@ -36,7 +38,7 @@ class DinoEncoder:
         try:
             self._processor = AutoImageProcessor.from_pretrained(source, use_fast=True)
             model = AutoModel.from_pretrained(source, dtype=torch.float32)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(_why_not_loaded("dino", name, error)) from error
         self.record = Encoder(name, weights_digest(model), _dino_dim(model))
         self.input_px = _short_side(self._processor)
@@ -136,7 +138,7 @@ def _load_clip(name: str) -> tuple[Any, Any, Any]:
             )
         model, preprocess = open_clip.create_model_from_pretrained(architecture, pretrained)
         return model, preprocess, open_clip.get_tokenizer(architecture)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(_why_not_loaded("clip", name, error)) from error
 
 
@@ -144,15 +146,16 @@ def _why_not_loaded(role: str, name: str, error: Exception) -> str:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
+    reason = str(error)[:200].partition("\n")[0].rstrip(".") or type(error).__name__
     if any(type(link).__name__ == "GatedRepoError" for link in chain):
         return (
             f"The {role.upper()} model {name!r} is behind a licence: accept it on the model's page "
             f"and set HF_TOKEN, or choose an open model (--models open, or --{role} NAME)."
         )
     if local_folder(name) or Path(name.partition(":")[2]).is_file():
-        return f"The {role.upper()} model in {name!r} cannot be loaded: {chain[0]}"
+        return f"The {role.upper()} model in {name!r} cannot be loaded: {reason}."
     return (
-        f"The {role.upper()} model {name!r} cannot be loaded ({str(error)[:120].splitlines()[0]}…): check "
+        f"The {role.upper()} model {name!r} cannot be loaded ({reason}): check "
         f"its name and the network, accept its licence and set HF_TOKEN if it is gated, or name "
         f"another with --{role} (a local folder works offline)."
     )

@@ -69,8 +69,8 @@ def missing_runs(expected: int, done: Collection[int], ended: bool, longest: int
     """Runs of at most `longest` spans that cover what is not in `done`. Unless the span with the end
     of the stream is among the done (`ended`), the last run is open.
     """
-    if ended:
-        expected = max(done, default=-1) + 1
+    known = max(done, default=-1) + 1
+    expected = known if ended else max(expected, known)
     missing = [number for number in range(expected) if number not in done]
     runs: list[SpanRun] = []
     for number in missing:
@@ -81,9 +81,7 @@ def missing_runs(expected: int, done: Collection[int], ended: bool, longest: int
             runs.append(SpanRun(number, number + 1))
     if ended:
         return runs
-    tail = max([expected - 1, *(number for number in done if number >= expected)])
-    while tail in done:
-        tail += 1
+    tail = expected if expected - 1 in done else expected - 1
     if runs and runs[-1].stop == tail + 1:
         return [*runs[:-1], SpanRun(runs[-1].first, None)]
     return [*runs, SpanRun(tail, None)]

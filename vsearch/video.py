@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import av.error
@@ -92,7 +92,7 @@ def probe(file: BinaryIO) -> VideoInfo:
         rate = stream.average_rate
         return VideoInfo(
             container=container.format.name,
-            codec=stream.codec_context.name,
+            codec=stream.codec_context.codec.canonical_name,
             width=stream.codec_context.width,
             height=stream.codec_context.height,
             fps=float(rate) if rate else None,
@@ -167,7 +167,9 @@ class _SpanBuilder:
             return
         number = self._grid.number_of(item.pts_s)
         if number < self._run.first and not self._begun:
-            return  # between the keyframe and the first wanted frame
+            # Between the keyframe and the first wanted frame: this and its errors are another span's.
+            self._span.errors.clear()
+            return
         self._begun = True
         # A frame behind its time (a broken stream) stays with the span that is being filled.
         while number > self._span.number and not self._complete:
@@ -246,7 +248,19 @@ def to_rgb(
     scale = short_side_px / min(width, frame.height)
     longest = MAX_ASPECT * short_side_px
     size = [min(longest, max(1, round(side * scale))) for side in (width, frame.height)]
-    return np.rot90(_scaled(frame, size[0], size[1]), k=round(frame.rotation / 90))
+    return _upright(_scaled(frame, size[0], size[1]), frame)
+
+
+def _upright(picture: NDArray[np.uint8], frame: VideoFrame) -> NDArray[np.uint8]:
+    """Turned and mirrored as the frame's display matrix says: x' = a·x + c·y, y' = b·x + d·y (FFmpeg,
+    libavutil/display.h). Only right angles are followed, as players do."""
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        picture, a, d = picture.transpose(1, 0, 2), c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _fit(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
