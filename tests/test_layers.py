@@ -19,7 +19,7 @@ ORDER = [
     "config", "schema", "sampling", "video", "corpus", "encoders", "projector", "moments", "index",
     "search", "evaluate", "runtime",
 ]  # fmt: skip
-FLOORS = [*({name} for name in ORDER), STAGES, {"cli"}]
+FLOORS = [*({name} for name in ORDER), STAGES, {"demo"}, {"cli"}]
 ABOVE = {
     name: set().union(*FLOORS[:height]) for height, floor in enumerate(FLOORS) for name in floor
 }

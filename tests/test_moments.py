@@ -28,7 +28,7 @@ def stretch_of(
         start_s,
         background,
         max_gap_s,
-        taken.__contains__,
+        np.isin(np.arange(len(values)), list(taken)),
         piece,
     )
 
@@ -61,7 +61,7 @@ def test_a_pause_in_time_ends_the_stretch() -> None:
 def test_the_gap_is_counted_from_the_end_of_a_row() -> None:
     scores = np.array([0.9, 0.9], np.float32)
     start_s, end_s = np.array([0.0, 5.5]), np.array([5.0, 6.0])
-    stretch = grow(0, 0, 2, lambda i, j: scores[i:j], start_s, end_s, 0.0, 1.0)
+    stretch = grow(0, 0, 2, lambda i, j: scores[i:j], start_s, end_s, 0.0, 1.0, np.zeros(2, bool))
     assert (stretch.first, stretch.last) == (0, 1)
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
+from transformers.utils import logging as transformers_logging
 
 from vsearch.config import Encoder, EncoderNames, UserError, local_folder
 
@@ -36,7 +37,7 @@ class DinoEncoder:
         self._device = device or default_device()
         source = str(local_folder(name) or name)
         try:
-            self._processor = AutoImageProcessor.from_pretrained(source, use_fast=True)
+            self._processor = AutoImageProcessor.from_pretrained(source)
             model = AutoModel.from_pretrained(source, dtype=torch.float32)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(_why_not_loaded("dino", name, error)) from error
@@ -181,5 +182,6 @@ def _mixed_precision(device: str) -> torch.autocast:
     return torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu")
 
 
+transformers_logging.disable_progress_bar()
 for _chatty in ("open_clip", "huggingface_hub"):  # what matters of it is in the error we raise
     logging.getLogger(_chatty).setLevel(logging.CRITICAL)

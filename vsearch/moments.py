@@ -13,8 +13,7 @@ Seconds = NDArray[np.float64]
 @dataclass(frozen=True)
 class Stretch:
     """Rows first … last of one video that answer together; `best` is the row of the peak, `score`
-    the mean score of the rows at or above the threshold.
-    """
+    the mean score of the rows at or above the threshold."""
 
     first: int
     last: int
@@ -45,30 +44,30 @@ def grow(
     """
     top = float(scores(peak, peak + 1)[0])
     threshold = (top + background) / 2
-    total, count = top, 1
+    edges, total, count = [peak, peak], top, 1
+    for side, (bound, step) in enumerate([(lowest - 1, -1), (highest, 1)]):
+        row = peak + step
+        while row != bound:
+            rows = np.arange(row, bound, step)[:piece]
+            values = scores(int(rows.min()), int(rows.max()) + 1)[::step]
+            free = _run(~taken[rows])
+            strong = np.flatnonzero(values[:free] >= threshold)
+            # Seconds between each strong row and the strong row before it, as seen from the peak.
+            chain = np.concatenate([[edges[side]], rows[strong]])
+            later, sooner = (chain[1:], chain[:-1]) if step > 0 else (chain[:-1], chain[1:])
+            joined = strong[: _run(start_s[later] - end_s[sooner] <= max_gap_s)]
+            if len(joined):
+                edges[side] = int(rows[joined[-1]])
+                total, count = total + float(values[joined].sum()), count + len(joined)
+            later, sooner = (rows[-1], edges[side]) if step > 0 else (edges[side], rows[-1])
+            too_far = start_s[later] - end_s[sooner] > max_gap_s
+            if len(joined) < len(strong) or free < len(rows) or too_far:
+                break
+            row += len(rows) * step
+    return Stretch(edges[0], edges[1], peak, total / count)
 
-    def extend(step: int) -> int:
-        nonlocal total, count
-        edge, row = peak, peak + step
-        while lowest <= row < highest:
-            near, far = (
-                (row, min(highest, row + piece))
-                if step > 0
-                else (max(lowest, row + 1 - piece), row + 1)
-            )
-            values = scores(near, far)
-            for offset in range(far - near):
-                row = near + offset if step > 0 else far - 1 - offset
-                gap_s = start_s[row] - end_s[edge] if step > 0 else start_s[edge] - end_s[row]
-                if gap_s > max_gap_s or taken[row]:
-                    return edge
-                value = float(values[row - near])
-                if value >= threshold:
-                    edge = row
-                    total += value
-                    count += 1
-            row = far if step > 0 else near - 1
-        return edge
 
-    first, last = extend(-1), extend(+1)
-    return Stretch(first, last, peak, total / count)
+def _run(good: NDArray[np.bool_]) -> int:
+    """How many of the first are good, without a break."""
+    bad = np.flatnonzero(~good)
+    return int(bad[0]) if len(bad) else len(good)

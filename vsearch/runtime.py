@@ -42,6 +42,12 @@ def cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def cpus_of_smallest_node() -> int:
+    """Cores that every node with cores has."""
+    counts = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    return max(1, int(min((count for count in counts if count), default=1)))
+
+
 def gpus() -> int:
     """GPUs of the connected cluster."""
     return int(ray.cluster_resources().get("GPU", 0))

@@ -4,11 +4,10 @@
 >>> print(vsearch.open("./corpus").search("a red car on the beach"))
 """
 
-import heapq
 import html
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import cached_property, partial
@@ -163,51 +162,62 @@ class Engine:
             raise UserError(f"The limit must be at least 1, not {limit}.")
         if max_gap_s < 0:
             raise UserError(f"The largest gap must not be negative: {max_gap_s}.")
+        background = float(self._mean @ vector)
+        taken = [np.zeros(timeline.shard.rows, bool) for timeline in self._timelines]
+        found: list[Segment] = []
         hits = FIRST_HITS
         while True:
-            segments = self._segments(vector, hits, max_gap_s)
+            scores, parts, rows = self._hits(vector, hits)
+            place = 0
+            while (place := _next_free(taken, parts, rows, place)) < len(rows):
+                # A segment's score is a mean, so no more than its peak: weaker peaks cannot matter.
+                strong = sorted((segment.score for segment in found), reverse=True)[:limit]
+                if len(strong) == limit and scores[place] <= strong[-1]:
+                    break
+                part, row = int(parts[place]), int(rows[place])
+                found.append(self._grow(vector, part, row, background, max_gap_s, taken[part]))
             # Many hits may lie in few segments: ask for more until there are enough, or no more.
-            if len(segments) >= limit or hits >= self.rows:
-                return sorted(segments, key=lambda s: -s.score)[:limit]
+            if len(found) >= limit or hits >= self.rows:
+                return sorted(found, key=lambda segment: -segment.score)[:limit]
             hits *= 4
 
-    def _segments(self, vector: NDArray[np.float32], hits: int, max_gap_s: float) -> list[Segment]:
-        background = float(self._mean @ vector)
-        taken = [np.zeros(t.shard.rows, bool) for t in self._timelines]
-        found = []
-        for _, part, row in self._hits(vector, hits):
-            if taken[part][row]:
-                continue
-            timeline, used = self._timelines[part], taken[part]
-            number = timeline.video[row]
-            lowest, highest = np.searchsorted(timeline.video, [number, number + 1])
-            stretch = grow(
-                row,
-                int(lowest),
-                int(highest),
-                partial(timeline.shard.scores, vector),
-                timeline.start_s,
-                timeline.end_s,
-                background,
-                max_gap_s,
-                used,
-            )
-            used[stretch.first : stretch.last + 1] = True
-            found.append(
-                self._segment(timeline, stretch.first, stretch.last, stretch.best, stretch.score)
-            )
-        return found
+    def _hits(
+        self, vector: NDArray[np.float32], hits: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        """(scores, shards, rows) of the strongest hits over all shards, strongest first."""
+        answers = [timeline.shard.search(vector, hits) for timeline in self._timelines]
+        scores = np.concatenate([part for part, _ in answers])
+        rows = np.concatenate([part for _, part in answers])
+        shards = np.repeat(np.arange(len(answers)), [len(part) for part, _ in answers])
+        order = np.argsort(-scores, kind="stable")[:hits]
+        return scores[order], shards[order], rows[order]
 
-    def _hits(self, vector: NDArray[np.float32], hits: int) -> Iterator[tuple[float, int, int]]:
-        """(score, shard, row), strongest first, over all shards."""
-        parts = []
-        for part, timeline in enumerate(self._timelines):
-            scores, rows = timeline.shard.search(vector, hits)
-            parts.append([(-float(s), part, int(r)) for s, r in zip(scores, rows, strict=True)])
-        for count, (negative, part, row) in enumerate(heapq.merge(*parts)):
-            if count >= hits:
-                return
-            yield -negative, part, row
+    def _grow(
+        self,
+        vector: NDArray[np.float32],
+        part: int,
+        row: int,
+        background: float,
+        max_gap_s: float,
+        taken: NDArray[np.bool_],
+    ) -> Segment:
+        """The segment around a row; marks its rows as taken."""
+        timeline = self._timelines[part]
+        number = timeline.video[row]
+        lowest, highest = np.searchsorted(timeline.video, [number, number + 1])
+        stretch = grow(
+            row,
+            int(lowest),
+            int(highest),
+            partial(timeline.shard.scores, vector),
+            timeline.start_s,
+            timeline.end_s,
+            background,
+            max_gap_s,
+            taken,
+        )
+        taken[stretch.first : stretch.last + 1] = True
+        return self._segment(timeline, stretch.first, stretch.last, stretch.best, stretch.score)
 
     def _segment(
         self, timeline: _Timeline, first: int, last: int, best: int, score: float
@@ -268,6 +278,27 @@ class Engine:
         if sha256(path) != entry["sha256"]:
             raise DamagedIndexError(f"{name} is damaged: its SHA-256 is not the manifest's")
         return path
+
+
+def _next_free(
+    taken: list[NDArray[np.bool_]],
+    parts: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    place: int,
+    piece: int = 1024,
+) -> int:
+    """The first place at or after `place` whose row no segment has taken, len(rows) if there is none."""
+    while place < len(rows):
+        stop = place + piece
+        used = np.empty(len(rows[place:stop]), bool)
+        for part, mask in enumerate(taken):
+            mine = parts[place:stop] == part
+            used[mine] = mask[rows[place:stop][mine]]
+        free = np.flatnonzero(~used)
+        if len(free):
+            return place + int(free[0])
+        place = stop
+    return len(rows)
 
 
 def current_snapshot(corpus: Corpus) -> str:

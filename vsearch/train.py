@@ -62,6 +62,7 @@ def train(
         return TrainSummary(newest[0], False, newest[1]["metrics"])
     runtime.connect()
     gpus = runtime.gpus()
+    count = workers or max(1, gpus)
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={
@@ -70,7 +71,13 @@ def train(
             "config": asdict(config),
             "trained_on": trained_on,
         },
-        scaling_config=ScalingConfig(num_workers=workers or max(1, gpus), use_gpu=gpus > 0),
+        scaling_config=ScalingConfig(
+            num_workers=count,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": 1, "GPU": 1}
+            if gpus
+            else {"CPU": max(1, runtime.cpus_of_smallest_node() // count)},
+        ),
         run_config=RunConfig(
             name=trained_on,
             storage_path=_runs_folder(corpus),

@@ -129,14 +129,14 @@ def to_input(pixels: NDArray[np.uint8]) -> Tensor:
     return _normalise(x)
 
 
-def augmented(pixels: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-    """As `to_input`, with random brightness, small shifts and mirroring; also tells which frames
+def augmented(pixels: NDArray[np.uint8], shift_px: int) -> tuple[Tensor, Tensor]:
+    """As `to_input`, with random brightness, shifts and mirroring; also tells which frames
     were mirrored, bool (n,)."""
     x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
     mirrored = torch.rand(len(x)) < 0.5
     x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
     x = x * (0.85 + 0.3 * torch.rand(len(x), 1, 1, 1))
-    shift = [int(s) for s in torch.randint(-2, 3, (2,))]
+    shift = [int(s) for s in torch.randint(-shift_px, shift_px + 1, (2,))]
     return _normalise(x.roll(shift, dims=(2, 3)).clamp(0, 1)), mirrored
 
 
@@ -182,7 +182,7 @@ def train_clip(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Modu
         used[tokens.flatten()] = True
         true = np.array([[mention.matches(scene) for mention in mentions] for scene in scenes])
         also_true = torch.from_numpy(true & ~np.eye(batch, dtype=bool))
-        images, _ = augmented(pictures.pixels[rows, rng.integers(0, 2, batch)])
+        images, _ = augmented(pictures.pixels[rows, rng.integers(0, 2, batch)], shift_px=4)
         with torch.autocast("cpu", torch.bfloat16):
             image_features, text_features, scale = model(images, tokens)
         logits = scale.float() * image_features.float() @ text_features.float().T
@@ -262,7 +262,9 @@ def train_dino(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Modu
         # A third of the scenes get false colours, so that shape is learned for itself and is still
         # known when it comes in a colour it never came in; their colour is not asked for.
         false = torch.rand(len(rows)) < 1 / 3
-        frames, mirrored = zip(*(augmented(pictures.pixels[rows, j]) for j in (0, 1)), strict=True)
+        frames, mirrored = zip(
+            *(augmented(pictures.pixels[rows, j], shift_px=2) for j in (0, 1)), strict=True
+        )
         x = torch.cat(_false_colours(list(frames), false))
         asked = {name: column[rows].repeat(2) for name, column in labels.items()}
         asked["colour"] = asked["colour"].masked_fill(false.repeat(2), -100)
@@ -389,9 +391,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
     parser.add_argument("--only", choices=["clip", "dino"])
-    parser.add_argument("--scenes", type=int, default=20_000)
+    parser.add_argument("--scenes", type=int, default=16_000)
     parser.add_argument("--clip-steps", type=int, default=2600)
-    parser.add_argument("--dino-steps", type=int, default=2800)
+    parser.add_argument("--dino-steps", type=int, default=2600)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

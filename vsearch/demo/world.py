@@ -4,8 +4,10 @@ with their true moments as JSONL.
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from multiprocessing import get_context
 from pathlib import Path
 
 import av
@@ -52,13 +54,16 @@ def make_world(
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    shots: list[Shot] = []
+    plans = []
     for number in range(videos):
-        name = f"world-{seed}-{number:03d}.mp4"
         fps = int(rng.choice([24, 25, 30]))
         scenes = _cut_together(rng, scenes_per_video, fps)
-        shots += write_video(folder / name, scenes, fps)
-        report(number + 1, videos)
+        plans.append((folder / f"world-{seed}-{number:03d}.mp4", scenes, fps))
+    shots: list[Shot] = []
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for number, written in enumerate(pool.map(write_video, *zip(*plans, strict=True)), 1):
+            shots += written
+            report(number, videos)
     _write_lines(folder / "shots.jsonl", [{**asdict(shot)} for shot in shots])
     _write_lines(folder / "truth.jsonl", queries(shots, rng))
     return shots
