@@ -58,10 +58,13 @@ def grow(
             joined = strong[: _run(start_s[later] - end_s[sooner] <= max_gap_s)]
             if len(joined):
                 edges[side] = int(rows[joined[-1]])
-                total, count = total + float(values[joined].sum()), count + len(joined)
-            later, sooner = (rows[-1], edges[side]) if step > 0 else (edges[side], rows[-1])
-            too_far = start_s[later] - end_s[sooner] > max_gap_s
-            if len(joined) < len(strong) or free < len(rows) or too_far:
+                total, count = (
+                    total + float(values[joined].sum(dtype=np.float64)),
+                    count + len(joined),
+                )
+            end, edge = int(rows[-1]), edges[side]
+            away_s = start_s[end] - end_s[edge] if step > 0 else start_s[edge] - end_s[end]
+            if len(joined) < len(strong) or free < len(rows) or away_s > max_gap_s:
                 break
             row += len(rows) * step
     return Stretch(edges[0], edges[1], peak, total / count)
