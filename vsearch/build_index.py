@@ -77,7 +77,6 @@ def build_index(
         projector = newest[0]
     spans = corpus.spans()
     videos = [s for s in corpus.states() if s.frames]
-    videos = list({video.video_id: video for video in reversed(videos)}.values())[::-1]
     shards = _shards(spans, videos, shard_rows)
     rows = sum(piece.frames for shard in shards for piece in shard)
     if not rows:
@@ -93,11 +92,18 @@ def build_index(
         return IndexSummary(current["version"], False, kind, space, rows, len(shards))
 
     runtime.connect()
+    gpus = 1 if projector and runtime.gpus() else 0
     version = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     with runtime.user_errors():
-        quantizer = _train.remote(corpus_url, shards, projector, shape, rows) if shape else None
+        quantizer = (
+            _train.options(num_gpus=gpus).remote(corpus.url, shards, projector, shape, rows)
+            if shape
+            else None
+        )
         jobs = [
-            _build_shard.remote(corpus_url, version, number, shard, projector, quantizer)
+            _build_shard.options(num_gpus=gpus).remote(
+                corpus.url, version, number, shard, projector, quantizer
+            )
             for number, shard in enumerate(shards)
         ]
         report(0, len(jobs))
@@ -239,7 +245,7 @@ def _projection(corpus: Corpus, projector: str | None) -> Callable[[pa.Table], A
 
     from vsearch.projector import Projector
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if ray.get_gpu_ids() else "cpu"
     model = Projector.from_bytes(
         corpus.read(f"projector/{projector}/model.safetensors"),
         corpus.read(f"projector/{projector}/config.json"),

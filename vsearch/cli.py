@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -75,7 +76,14 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except UserError as error:
-        console.print(f"[bold red]vsearch:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[bold red]vsearch:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        sys.exit(2)
+    except PermissionError as error:
+        console.print(
+            f"[bold red]vsearch:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         sys.exit(2)
     except typer.Exit as ended:
         sys.exit(ended.exit_code)
@@ -286,12 +294,15 @@ def serve(
 
     Example: [bold]vsearch serve --corpus ./corpus --port 8000[/]
     """
-    from vsearch.serve import start
+    from vsearch.serve import start, stop
 
     with console.status("starting the service"):
         address = start(corpus, host, port)
     console.print(f"The page is at [bold]{address}[/] (Ctrl-C ends it).")
-    _wait()
+    try:
+        _wait()
+    finally:
+        stop()
 
 
 @app.command()
@@ -413,7 +424,8 @@ def _print_status(corpus: str, as_json: bool, to_stdout: bool = False) -> list[A
     for state in states:
         if state.status != "indexed":
             status = f"[{colours[state.status]}]{state.status}[/]"
-            table.add_row(Path(state.uri).name, status, str(state.frames), state.reason or "")
+            name, reason = escape(Path(state.uri).name), escape(state.reason or "")
+            table.add_row(name, status, str(state.frames), reason)
     out = Console() if to_stdout else console
     out.print(", ".join(f"{number} {name}" for name, number in count.items() if number))
     if table.row_count:
@@ -424,14 +436,16 @@ def _print_status(corpus: str, as_json: bool, to_stdout: bool = False) -> list[A
 def _results_table(results: Any, folder: Path | None = None) -> Table:
     from vsearch.search import clock
 
-    table = Table(title=f"“{results.query}”  ({results.took_ms:.0f} ms)", title_justify="left")
+    table = Table(
+        title=f"“{escape(results.query)}”  ({results.took_ms:.0f} ms)", title_justify="left"
+    )
     for heading in ("", "from", "to", "score", "video"):
         table.add_column(
             heading, justify="left" if heading == "video" else "right", overflow="fold"
         )
     for place, s in enumerate(results, 1):
         name = Path(s.video).name if folder else s.video
-        table.add_row(str(place), clock(s.start_s), clock(s.end_s), f"{s.score:.3f}", name)
+        table.add_row(str(place), clock(s.start_s), clock(s.end_s), f"{s.score:.3f}", escape(name))
     return table
 
 

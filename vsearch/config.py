@@ -27,6 +27,13 @@ class EncoderNames:
         for role in ("dino", "clip"):
             if not getattr(self, role):
                 raise UserError(f"The name of the {role.upper()} model is empty.")
+        # A relative path would mean another place to a worker, and to a later search.
+        architecture, _, weights = self.clip.partition(":")
+        if weights and Path(weights).is_file():
+            object.__setattr__(self, "clip", f"{architecture}:{Path(weights).absolute()}")
+        for role in ("dino", "clip"):
+            if Path(getattr(self, role)).is_dir():
+                object.__setattr__(self, role, str(Path(getattr(self, role)).absolute()))
 
 
 PRESETS = {

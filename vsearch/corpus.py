@@ -45,6 +45,7 @@ class VideoState:
     zero_s: float
     recorded_at: datetime
     recorded_at_source: str
+    ingested_at: datetime
 
 
 class Corpus:
@@ -58,6 +59,8 @@ class Corpus:
         self.url = str(url)
         self._root = self._root.rstrip("/")
         self._local = "file" in _protocols(self._fs)
+        if self._local:  # a relative path means another place to a worker
+            self.url = self._root
 
     # ── files ────────────────────────────────────────────────────────────────────────────────────
 
@@ -236,7 +239,12 @@ class Corpus:
         by_video: dict[str, list[SpanRecord]] = {}
         for _, span in self.spans().values():
             by_video.setdefault(span.video_id, []).append(span)
-        return [_state(row, by_video.get(row["video_id"], []), fps) for row in self.videos()]
+        # Content that was found at two places is one video, which lives where it was found last.
+        latest: dict[str, dict[str, Any]] = {}
+        for row in sorted(self.videos(), key=lambda row: row["ingested_at"]):
+            latest[row["video_id"] or row["uri"]] = row
+        rows = sorted(latest.values(), key=lambda row: row["uri"])
+        return [_state(row, by_video.get(row["video_id"], []), fps) for row in rows]
 
 
 def _parse_config(data: bytes) -> CorpusConfig:
@@ -287,6 +295,7 @@ def _state(row: dict[str, Any], spans: list[SpanRecord], fps: float | None) -> V
         zero_s=row["zero_s"] or 0.0,
         recorded_at=row["recorded_at"],
         recorded_at_source=row["recorded_at_source"],
+        ingested_at=row["ingested_at"],
     )
 
 

@@ -14,6 +14,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from vsearch.config import UserError
+
 Vectors = NDArray[np.float32]
 FLAT_ROWS = 50_000
 """Up to this many rows an exact scan is as fast as an index."""
@@ -22,7 +24,7 @@ CANDIDATES_PER_HIT = 5
 """An IVF-PQ shard reranks this many candidates for each hit asked for."""
 
 
-class DamagedIndexError(Exception):
+class DamagedIndexError(UserError):
     """A file of a snapshot is not what its manifest says."""
 
 

@@ -21,7 +21,7 @@ from vsearch.config import CorpusConfig, EncoderNames, Sampling, UserError
 from vsearch.corpus import Corpus
 from vsearch.sampling import SpanRun, expected_spans, missing_runs, span_grid, span_id
 from vsearch.schema import VIDEOS, SpanRecord, fingerprint, frames_schema
-from vsearch.video import VideoError, VideoInfo, decode, probe, seekable
+from vsearch.video import DecodedSpan, VideoError, decode, open_url, probe, seekable
 
 VIDEO_SUFFIXES = (
     *(".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
@@ -85,7 +85,7 @@ def list_videos(sources: list[str]) -> list[tuple[str, int, str]]:
     for source in sources:
         try:
             fs, path = fsspec.url_to_fs(source)
-            if any(c in path for c in "*?["):
+            if any(c in path for c in "*?[") and not fs.exists(path):
                 entries = list(fs.glob(path, detail=True).values())
             elif fs.isdir(path):
                 everything = fs.find(path, detail=True).values()
@@ -94,10 +94,10 @@ def list_videos(sources: list[str]) -> list[tuple[str, int, str]]:
                 entries = [fs.info(path)]
         except FileNotFoundError:
             raise UserError(f"There is nothing at {source}.") from None
-        except (OSError, ImportError, ValueError) as error:
+        except Exception as error:  # each storage has errors of its own: credentials, network, name
             raise UserError(f"{source} cannot be listed: {error}.") from error
         for entry in entries:
-            if entry["type"] == "file":
+            if entry["type"] != "directory":
                 mark = entry.get("ETag") or entry.get("mtime") or entry.get("LastModified") or ""
                 found[_uri(fs, entry["name"])] = (int(entry["size"] or 0), str(mark))
     if not found:
@@ -111,14 +111,19 @@ def _uri(fs: Any, path: str) -> str:
 
 
 def _require(corpus: Corpus, names: EncoderNames, sampling: Sampling) -> None:
-    if corpus.exists("corpus.json") and (
-        (corpus.config.dino.model, corpus.config.clip.model) == (names.dino, names.clip)
-    ):
-        found = corpus.config  # the actor compares the weights when it has loaded them
-        wanted = CorpusConfig(found.dino, found.clip, found.input_px, sampling)
-    else:
-        wanted = ray.get(_describe.remote(names, sampling))
-    corpus.require(wanted)
+    if not corpus.exists("corpus.json"):
+        corpus.require(ray.get(_describe.remote(names, sampling)))
+        return
+    found = corpus.config
+    for role in ("dino", "clip"):
+        has, asked = getattr(found, role).model, getattr(names, role)
+        if has != asked:
+            raise UserError(
+                f"The corpus at {corpus.url} was made with {role} {has}, not {asked}: use the same "
+                f"again, or another --corpus."
+            )
+    # The actor compares the weights when it has loaded them.
+    corpus.require(CorpusConfig(found.dino, found.clip, found.input_px, sampling))
 
 
 @ray.remote(num_cpus=1)
@@ -184,11 +189,15 @@ def _video_row(uri: str, size_bytes: int, etag: str, sampling: Sampling) -> dict
         "status": "failed",
     }
     try:
-        with fsspec.open(uri, "rb") as file:
+        with open_url(uri) as file:
             row["video_id"] = fingerprint(file, size_bytes)
             info = probe(file)
-    except (VideoError, OSError) as error:
-        return row | {"reason": str(error) or type(error).__name__}
+    except VideoError as error:
+        return row | {"reason": str(error)}
+    except (
+        OSError
+    ) as error:  # no fault of the content: without its mark the next ingest tries again
+        return row | {"reason": f"cannot be read: {error}", "etag": ""}
     grid = span_grid(sampling, info.fps, info.start_s)
     if info.recorded_at:
         row |= {"recorded_at": info.recorded_at, "recorded_at_source": "container"}
@@ -216,8 +225,8 @@ def _embed_missing(corpus: Corpus, uris: set[str], report: Report) -> tuple[int,
     if not tasks:
         return 0, 0
     config = corpus.config
-    gpus = runtime.gpus()
-    actors = gpus or max(1, runtime.cpus() // 2)
+    gpus, cpus, memory = runtime.gpus(), runtime.cpus(), runtime.memory_bytes()
+    actors = gpus or max(1, min(cpus // 2, memory // EMBEDDER_MEMORY_BYTES))
     pipeline = (
         ray.data.from_arrow([pa.Table.from_pylist([task], schema=_TASK) for task in tasks])
         .map_batches(  # 1 run of spans → its spans
@@ -234,9 +243,10 @@ def _embed_missing(corpus: Corpus, uris: set[str], report: Report) -> tuple[int,
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=actors),
-            num_cpus=1,
+            # Decoding must always have a core left, and a small machine must hold one actor.
+            num_cpus=1 if cpus > actors else 0,
             num_gpus=1 if gpus else 0,
-            memory=EMBEDDER_MEMORY_BYTES,
+            memory=min(EMBEDDER_MEMORY_BYTES, memory // 2),
         )
         .map_batches(  # spans → one file
             _store,
@@ -301,14 +311,21 @@ def _plan(corpus: Corpus, uris: set[str]) -> tuple[list[dict[str, Any]], int]:
     return tasks, expected
 
 
+def _spans_of(uri: str, run: SpanRun, input_px: int, sampling: Sampling) -> Iterator[DecodedSpan]:
+    """The spans of a run; of a file that can no longer be read, those before that. What is lacking
+    stays pending, and the next ingest tries it again."""
+    try:
+        with open_url(uri) as file:
+            yield from decode(file, probe(file), input_px, sampling, run, threads=1)
+    except (VideoError, OSError) as error:
+        print(f"{uri} can no longer be read: {error}", flush=True)
+
+
 def _decode_run(batch: pa.Table, input_px: int, sampling: Sampling) -> Iterator[pa.Table]:
     for task in batch.to_pylist():
         run = SpanRun(task["first"], task["stop"])
-        with fsspec.open(task["uri"], "rb") as file:
-            info: VideoInfo = probe(file)
-            for span in decode(file, info, input_px, sampling, run, threads=1):
-                if span.number in task["done"]:
-                    continue
+        for span in _spans_of(task["uri"], run, input_px, sampling):
+            if span.number not in task["done"]:
                 yield pa.table(
                     {
                         "video_id": [task["video_id"]],

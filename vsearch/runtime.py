@@ -7,19 +7,24 @@ from contextlib import contextmanager
 
 # Ray would start every worker through `uv run` and upload the working directory; workers here share
 # this very environment. Jobs that come by `ray job submit` bring their own setting.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+if not os.environ.get("RAY_ADDRESS"):
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import ray
-import ray.exceptions
 
 from vsearch.config import UserError
+
+
+def on_cluster() -> bool:
+    """Whether RAY_ADDRESS names a cluster, as it does inside a submitted job."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def connect() -> None:
     """Joins the cluster that RAY_ADDRESS names or starts a local one; does nothing when connected."""
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
+    if on_cluster():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         # Ray's own processes keep their logs in its session folder; the terminal is for people.
@@ -48,6 +53,11 @@ def cpus_of_smallest_node() -> int:
     return max(1, int(min((count for count in counts if count), default=1)))
 
 
+def memory_bytes() -> int:
+    """Memory that Ray gives out on the connected cluster."""
+    return int(ray.cluster_resources().get("memory", 0))
+
+
 def gpus() -> int:
     """GPUs of the connected cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
@@ -58,12 +68,14 @@ def user_errors() -> Iterator[None]:
     """Brings a `UserError` that was raised in a worker back as itself."""
     try:
         yield
-    except ray.exceptions.RayError as error:
-        link: BaseException | None = error
-        while link is not None:
-            cause = getattr(link, "cause", None)
-            for found in (link, cause):
-                if isinstance(found, UserError):
-                    raise UserError(str(found)) from error
-            link = link.__cause__ or link.__context__
+    except Exception as error:
+        # Ray wraps what a worker raises, in more than one way; a training keeps it by worker.
+        waiting: list[BaseException | None] = [error]
+        while waiting:
+            found = waiting.pop()
+            if isinstance(found, UserError):
+                raise UserError(str(found)) from error
+            if found is not None:
+                waiting += [found.__cause__, found.__context__, getattr(found, "cause", None)]
+                waiting += getattr(found, "worker_failures", {}).values()
         raise

@@ -1,6 +1,7 @@
 """The query service: Ray Serve, one FastAPI application with the page, the API and the media."""
 
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,12 +147,29 @@ def _ranged(uri: str, header: str | None) -> Response:
 
 
 def _pieces(fs: Any, path: str, start: int, stop: int) -> Iterator[bytes]:
-    with fs.open(path, "rb") as file:
+    with fs.open(path, "rb", block_size=PIECE_BYTES) as file:
         file.seek(start)
         left = stop - start
         while left > 0 and (data := file.read(min(PIECE_BYTES, left))):
             left -= len(data)
             yield data
+
+
+def _require_free(host: str, port: int) -> None:
+    """Ray's proxy would share a taken port without a word."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"Cannot listen on {host}:{port} ({error.strerror}): choose another --port."
+            ) from error
+
+
+def stop() -> None:
+    """Takes the service down, also from a cluster that goes on."""
+    serve.delete("vsearch")
 
 
 class ServeArgs(BaseModel):
@@ -168,9 +186,11 @@ def build_app(args: ServeArgs) -> Application:
 
 def start(corpus_url: str, host: str = "127.0.0.1", port: int = 8000) -> str:
     """Serves a corpus from this machine until Ray ends; returns the page's address."""
-    Engine(corpus_url)  # a missing index is said here, in one sentence
+    engine = Engine(corpus_url)  # a missing index is said here, in one sentence
+    if not runtime.on_cluster():
+        _require_free(host, port)
     runtime.connect()
     serve.start(http_options={"host": host, "port": port})
     with runtime.user_errors():
-        serve.run(build_app(ServeArgs(corpus=corpus_url)), name="vsearch", route_prefix="/")
+        serve.run(build_app(ServeArgs(corpus=engine.corpus.url)), name="vsearch", route_prefix="/")
     return f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}/"

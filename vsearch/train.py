@@ -63,10 +63,13 @@ def train(
     runtime.connect()
     gpus = runtime.gpus()
     count = workers or max(1, gpus)
+    most = gpus or runtime.cpus()
+    if count > most and not runtime.on_cluster():
+        raise UserError(f"{count} workers cannot run here: this machine has room for {most}.")
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={
-            "corpus": corpus_url,
+            "corpus": corpus.url,
             "files": files,
             "config": asdict(config),
             "trained_on": trained_on,
@@ -157,7 +160,7 @@ def _load_pairs(
     train_rows, val_rows = np.flatnonzero(~validation), np.flatnonzero(validation)
     if not by_file:
         train_rows = train_rows[rank::world]
-    if not len(val_rows):  # a single video: there is nothing to hold out
+    if not held_out:  # a single video: there is nothing to hold out
         val_rows = train_rows
     few = np.linspace(0, len(val_rows) - 1, min(len(val_rows), VALIDATION_PAIRS)).astype(int)
     val_rows = val_rows[few]
@@ -173,7 +176,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device, prepare_model
 
-    from vsearch.projector import Projector, paired_metrics, projection_loss
+    from vsearch.projector import Projector, projection_loss
 
     config = TrainConfig(**job["config"])
     context = ray.train.get_context()
@@ -183,7 +186,11 @@ def _train_loop(job: dict[str, Any]) -> None:
     pairs = _load_pairs(job, config, rank, world, device)
     count, mean, std = _statistics(pairs.x, world)
     fewest = _across(torch.tensor(float(len(pairs.x)), device=device), "MIN", world)
-    batch = max(1, min(config.batch_size, int(fewest)))
+    if fewest < 1:
+        raise UserError(
+            "There are too few frames for so many training workers: use fewer --workers."
+        )
+    batch = min(config.batch_size, int(fewest))
     steps_per_epoch = max(1, int(fewest) // batch)
 
     projector = Projector(pairs.x.shape[1], pairs.y.shape[1], config.hidden)
@@ -217,11 +224,7 @@ def _train_loop(job: dict[str, Any]) -> None:
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        with torch.inference_mode():
-            found = paired_metrics(projector(pairs.x_val), pairs.y_val)
-        # Ranks may hold different validation pairs, and all must stop at the same epoch.
-        values = _across(torch.tensor(list(found.values()), device=device), "SUM", world) / world
-        metrics = dict(zip(found, values.tolist(), strict=True))
+        metrics = _validate(projector, pairs, world)
         state.note(metrics)
         report = {"epoch": state.epoch, "loss": float(torch.stack(losses).mean()), **metrics}
         print(json.dumps({"stage": "train", **report}), flush=True)  # seen in a job's log
@@ -239,6 +242,22 @@ def _train_loop(job: dict[str, Any]) -> None:
             **{name: round(value, 4) for name, value in state.best_metrics.items()},
         }
         _publish(Corpus(job["corpus"]), projector, config, job["trained_on"], summary)
+
+
+def _validate(projector: Any, pairs: _Pairs, world: int) -> dict[str, float]:
+    """The metrics over the validation pairs of all ranks, the same on each: they must all stop at
+    the same epoch. A rank may hold none."""
+    import torch
+
+    from vsearch.projector import paired_metrics
+
+    count = len(pairs.x_val)
+    with torch.inference_mode():
+        found = paired_metrics(projector(pairs.x_val), pairs.y_val) if count else {}
+    names = ("cosine", "recall@1")
+    values = [found.get(name, 0.0) * count for name in names]
+    total = _across(torch.tensor([*values, float(count)], device=pairs.x.device), "SUM", world)
+    return {name: float(total[i] / total[-1]) for i, name in enumerate(names)}
 
 
 def _warm_cosine(step: int, steps: int, warm_up: int = 50) -> float:
@@ -261,8 +280,10 @@ def _statistics(
     import torch
 
     count = _across(torch.tensor(float(len(x)), device=x.device), "SUM", world)
-    mean = _across(x.double().sum(0), "SUM", world) / count
-    square = _across((x.double() - mean).square().sum(0), "SUM", world) / count
+    parts = x.split(65536)  # in pieces: fp64 of everything would be four times the input
+    mean = _across(torch.stack([p.double().sum(0) for p in parts]).sum(0), "SUM", world) / count
+    squares = torch.stack([(p.double() - mean).square().sum(0) for p in parts]).sum(0)
+    square = _across(squares, "SUM", world) / count
     return count, mean.float(), square.sqrt().float()
 
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import av
 import av.error
+import fsspec
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
@@ -72,6 +73,13 @@ class DecodedSpan:
     pixels: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 1, 1, 3), np.uint8))
     errors: list[str] = field(default_factory=list)
     ended: bool = False
+
+
+def open_url(url: str) -> BinaryIO:
+    """A file at any fsspec URL, read in ranges of 1 MiB: what a span needs and little more."""
+    fs, path = fsspec.url_to_fs(url)
+    file: BinaryIO = fs.open(path, "rb", block_size=1 << 20)
+    return file
 
 
 def probe(file: BinaryIO) -> VideoInfo:
@@ -178,8 +186,13 @@ class _SpanBuilder:
             return
         if item.frame.is_corrupt:
             self._span.errors.append(f"damaged frame at {float(item.pts_s):.3f} s")
+        try:
+            picture = to_rgb(item.frame, self._short_side, item.sample_aspect)
+        except av.error.FFmpegError as error:
+            self._span.errors.append(f"no picture at {float(item.pts_s):.3f} s: {_plain(error)}")
+            return
         self._span.pts_s.append(item.pts_s)
-        self._pictures.append(to_rgb(item.frame, self._short_side, item.sample_aspect))
+        self._pictures.append(picture)
 
     def finish(self) -> Iterator[DecodedSpan]:
         """The last span, once the stream has ended."""
