@@ -69,10 +69,16 @@ def head(tmp_path_factory):
 
 def submit(head, *words: str) -> subprocess.CompletedProcess[str]:
     address, environment = head
-    return subprocess.run(
-        [RAY, "job", "submit", "--address", address, "--working-dir", str(REPOSITORY), "--", *words],
-        env=environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    for _ in range(60):
+        done = subprocess.run(
+            [RAY, "job", "submit", "--address", address, "--working-dir", str(REPOSITORY), "--", *words],
+            env=environment, capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+        # A young head takes jobs a little later than it answers.
+        if "No available agent to submit job" not in done.stderr:
+            break
+        time.sleep(2)
+    return done
 
 
 def contents(url: str) -> set[tuple[str, int, float, bytes, bytes]]:

@@ -51,6 +51,41 @@ class StatusOut(BaseModel):
     rows: int
 
 
+# Ray Serve copies the application when it decorates the class: what its methods call stands above.
+
+
+def _ranged(uri: str, header: str | None) -> Response:
+    """A file from any fsspec URL, streamed; with a Range header (RFC 9110, one range) that part."""
+    try:
+        fs, path = fsspec.url_to_fs(uri)
+        size = int(fs.size(path))
+    except OSError as error:
+        raise HTTPException(404, "The video is no longer where it was ingested from.") from error
+    kind = MEDIA_TYPES.get(Path(path).suffix.lower(), "application/octet-stream")
+    headers = {"Accept-Ranges": "bytes"}
+    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
+    if not asked or asked.groups() == ("", ""):
+        headers["Content-Length"] = str(size)
+        return StreamingResponse(_pieces(fs, path, 0, size), 200, headers, kind)
+    first, last = asked.groups()
+    start = int(first) if first else max(0, size - int(last))
+    stop = min(size, int(last) + 1) if first and last else size
+    if start >= stop:
+        return Response(status_code=416, headers={"Content-Range": f"bytes */{size}"})
+    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+    headers["Content-Length"] = str(stop - start)
+    return StreamingResponse(_pieces(fs, path, start, stop), 206, headers, kind)
+
+
+def _pieces(fs: Any, path: str, start: int, stop: int) -> Iterator[bytes]:
+    with fs.open(path, "rb", block_size=PIECE_BYTES) as file:
+        file.seek(start)
+        left = stop - start
+        while left > 0 and (data := file.read(min(PIECE_BYTES, left))):
+            left -= len(data)
+            yield data
+
+
 api = FastAPI(
     title="vsearch",
     version="1",
@@ -121,38 +156,6 @@ class SearchService:
         if path.parent != WEB or suffix not in ("css", "js", "svg") or not path.is_file():
             raise HTTPException(404, "There is no such page.")
         return FileResponse(path)
-
-
-def _ranged(uri: str, header: str | None) -> Response:
-    """A file from any fsspec URL, streamed; with a Range header (RFC 9110, one range) that part."""
-    try:
-        fs, path = fsspec.url_to_fs(uri)
-        size = int(fs.size(path))
-    except OSError as error:
-        raise HTTPException(404, "The video is no longer where it was ingested from.") from error
-    kind = MEDIA_TYPES.get(Path(path).suffix.lower(), "application/octet-stream")
-    headers = {"Accept-Ranges": "bytes"}
-    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
-    if not asked or asked.groups() == ("", ""):
-        headers["Content-Length"] = str(size)
-        return StreamingResponse(_pieces(fs, path, 0, size), 200, headers, kind)
-    first, last = asked.groups()
-    start = int(first) if first else max(0, size - int(last))
-    stop = min(size, int(last) + 1) if first and last else size
-    if start >= stop:
-        return Response(status_code=416, headers={"Content-Range": f"bytes */{size}"})
-    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-    headers["Content-Length"] = str(stop - start)
-    return StreamingResponse(_pieces(fs, path, start, stop), 206, headers, kind)
-
-
-def _pieces(fs: Any, path: str, start: int, stop: int) -> Iterator[bytes]:
-    with fs.open(path, "rb", block_size=PIECE_BYTES) as file:
-        file.seek(start)
-        left = stop - start
-        while left > 0 and (data := file.read(min(PIECE_BYTES, left))):
-            left -= len(data)
-            yield data
 
 
 def _require_free(host: str, port: int) -> None:
