@@ -21,13 +21,13 @@ function show(segment) {
   const video = item.querySelector("video");
   video.src = `v1/media/${segment.video_id}`;
   video.dataset.startS = segment.start_s;
-  // The picture at rest is the strongest frame; playing starts where the moment starts.
+  // The picture at rest is the strongest frame; playing starts where the moment starts, unless the
+  // viewer has moved the playhead before.
+  let seeks = 0;
+  video.addEventListener("seeking", () => { seeks += 1; });
   video.addEventListener("loadedmetadata", () => { video.currentTime = segment.best_s; }, { once: true });
   video.addEventListener("play", () => {
-    if (video.currentTime < segment.start_s || video.currentTime >= segment.end_s
-        || video.currentTime === segment.best_s) {
-      video.currentTime = segment.start_s;
-    }
+    if (seeks <= 1) video.currentTime = segment.start_s;
   }, { once: true });
   const name = segment.video.split("/").pop();
   video.setAttribute("aria-label", `${name} at ${clock(segment.start_s)}`);
