@@ -6,7 +6,13 @@
 >>> results.to_pandas()
 """
 
+import os
 from typing import TYPE_CHECKING
+
+if not os.environ.get("RAY_ADDRESS"):
+    # On one machine the workers share this very environment; Ray would start each of them through
+    # `uv run`. It reads this when it is imported, so it must stand before any import of Ray.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 if TYPE_CHECKING:
     from vsearch.search import Engine

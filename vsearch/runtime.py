@@ -5,11 +5,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Ray would start every worker through `uv run` and upload the working directory; workers here share
-# this very environment. Jobs that come by `ray job submit` bring their own setting.
-if not os.environ.get("RAY_ADDRESS"):
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-
 import ray
 
 from vsearch.config import UserError
