@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import urllib.error
@@ -213,10 +214,44 @@ def test_real_clips_agree_with_the_manifest(shared_videos, tmp_path):
     assert Counter(s.status for s in states.values()) == {"indexed": 42, "partial": 2, "failed": 8}
 
 
-def run_cli(*words: str) -> subprocess.CompletedProcess[str]:
+def run_cli(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vsearch.cli", *words], capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-m", "vsearch.cli", *words],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+
+
+def test_the_whole_path_on_object_storage(world, tmp_path):
+    """Videos and corpus in a bucket, on an S3 server over HTTP."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        environment = {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "HOME": str(tmp_path),
+        }
+        bucket = s3fs.S3FileSystem(
+            key="key", secret="secret", endpoint_url=environment["AWS_ENDPOINT_URL"]
+        )
+        bucket.mkdir("archive")
+        for video in sorted(world.glob("*.mp4"))[:2]:
+            bucket.put_file(str(video), f"archive/videos/{video.name}")
+        corpus = ("--corpus", "s3://archive/corpus")
+        done = run_cli("build", "s3://archive/videos", *corpus, "--models", "demo", **environment)
+        assert done.returncode == 0, done.stderr
+        status = json.loads(run_cli("status", *corpus, "--json", **environment).stdout)
+        assert status["videos"]["indexed"] == 2 and status["frames"] > 100
+        answer = json.loads(run_cli("search", "a tree", *corpus, "--json", **environment).stdout)
+        assert answer["segments"][0]["video"].startswith("s3://archive/videos/")
+    finally:
+        server.stop()
 
 
 def test_cli_json_contracts(built, world):

@@ -53,12 +53,12 @@ class Corpus:
 
     def __init__(self, url: str) -> None:
         try:
-            self._fs, self._root = fsspec.url_to_fs(str(url))
+            self.fs, self._root = fsspec.url_to_fs(str(url))
         except (ImportError, ValueError) as error:
             raise UserError(f"The corpus URL {str(url)!r} cannot be used: {error}.") from error
         self.url = str(url)
         self._root = self._root.rstrip("/")
-        self._local = "file" in _protocols(self._fs)
+        self._local = "file" in _protocols(self.fs)
         if self._local:  # a relative path means another place to a worker
             self.url = self._root
 
@@ -73,22 +73,22 @@ class Corpus:
         return self.path(name) if self._local else None
 
     def exists(self, name: str) -> bool:
-        self._fs.invalidate_cache()
-        return bool(self._fs.exists(self.path(name)))
+        self.fs.invalidate_cache()
+        return bool(self.fs.exists(self.path(name)))
 
     def read(self, name: str) -> bytes:
-        data: bytes = self._fs.cat_file(self.path(name))
+        data: bytes = self.fs.cat_file(self.path(name))
         return data
 
     def open(self, name: str) -> BinaryIO:
-        file: BinaryIO = self._fs.open(self.path(name), "rb")
+        file: BinaryIO = self.fs.open(self.path(name), "rb")
         return file
 
     def write(self, name: str, data: bytes) -> None:
         """Puts a whole file in place at once; readers see the old one or the new one."""
         path = self.path(name)
         if not self._local:
-            self._fs.pipe_file(path, data)
+            self.fs.pipe_file(path, data)
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
@@ -104,7 +104,7 @@ class Corpus:
             Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(local_file, self.path(name))
         else:
-            self._fs.put_file(local_file, self.path(name))
+            self.fs.put_file(local_file, self.path(name))
             Path(local_file).unlink()
 
     def fetch(self, name: str, sha256: str) -> Path:
@@ -113,7 +113,7 @@ class Corpus:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-            self._fs.get_file(self.path(name), str(temporary))
+            self.fs.get_file(self.path(name), str(temporary))
             temporary.replace(path)
         return path
 
@@ -124,18 +124,18 @@ class Corpus:
 
     def files(self, folder: str, suffix: str = ".parquet") -> list[str]:
         """Names (relative to the corpus) of the finished files in a folder, sorted."""
-        self._fs.invalidate_cache()
+        self.fs.invalidate_cache()
         try:
-            found = self._fs.ls(self.path(folder), detail=False)
+            found = self.fs.ls(self.path(folder), detail=False)
         except FileNotFoundError:
             return []
         return sorted(f"{folder}/{p.rsplit('/', 1)[-1]}" for p in found if p.endswith(suffix))
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders in a folder, sorted."""
-        self._fs.invalidate_cache()
+        self.fs.invalidate_cache()
         try:
-            found = self._fs.ls(self.path(folder), detail=True)
+            found = self.fs.ls(self.path(folder), detail=True)
         except FileNotFoundError:
             return []
         names = (

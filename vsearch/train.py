@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -83,7 +84,7 @@ def train(
         ),
         run_config=RunConfig(
             name=trained_on,
-            storage_path=_runs_folder(corpus),
+            **_run_storage(corpus),
             failure_config=FailureConfig(max_failures=3),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
@@ -108,9 +109,10 @@ def split_videos(video_ids: list[str], share: float) -> set[str]:
     return set(ranked[: min(max(1, wanted), len(ranked) - 1)])
 
 
-def _runs_folder(corpus: Corpus) -> str:
-    local = corpus.local_path("projector/.runs")
-    return str(Path(local).absolute()) if local else f"{corpus.url.rstrip('/')}/projector/.runs"
+def _run_storage(corpus: Corpus) -> dict[str, Any]:
+    """Where Ray Train keeps its checkpoints: in the corpus, through fsspec as all else."""
+    fs = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(corpus.fs))
+    return {"storage_path": corpus.path("projector/.runs"), "storage_filesystem": fs}
 
 
 def _files_of_spans(corpus: Corpus) -> dict[str, list[str]]:
