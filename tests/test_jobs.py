@@ -31,7 +31,7 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
     """A Ray head in a process group of its own; its environment for clients is the value."""
-    gcs, dashboard, client = free_ports(3)
+    gcs, dashboard, client, agent = free_ports(4)
     environment = {
         **{k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS",)},
         "RAY_AUTH_MODE": "token",
@@ -43,6 +43,7 @@ def head(tmp_path_factory):
         f"--dashboard-port={dashboard}",
         f"--ray-client-server-port={client}",
     ]
+    words += [f"--dashboard-agent-listen-port={agent}"]  # another Ray may hold the usual one
     words += [f"--temp-dir={tmp_path_factory.mktemp('r')}", "--include-dashboard=true"]
     log = (tmp_path_factory.mktemp("head") / "log").open("w+")
     process = subprocess.Popen(
@@ -69,7 +70,7 @@ def head(tmp_path_factory):
 
 def submit(head, *words: str) -> subprocess.CompletedProcess[str]:
     address, environment = head
-    for _ in range(60):
+    for _ in range(10):
         done = subprocess.run(
             [RAY, "job", "submit", "--address", address, "--working-dir", str(REPOSITORY), "--", *words],
             env=environment, capture_output=True, text=True, timeout=400,
