@@ -30,6 +30,9 @@ from vsearch.corpus import Corpus, newest_projector, vector_matrix
 if TYPE_CHECKING:
     import torch
 
+CHECKPOINT_EVERY_S = 30.0
+"""At least so much time lies between two checkpoints: what a training that is cut off can lose."""
+
 VALIDATION_PAIRS = 2000
 """The metrics are taken on at most this many pairs a worker, spread evenly over its videos."""
 
@@ -49,7 +52,7 @@ def train(
     workers: int | None = None,
 ) -> TrainSummary:
     """Trains a projector on the corpus' pairs, unless the newest one was trained on the same. A run
-    that was cut off is taken up after its last finished epoch.
+    that was cut off is taken up at its last checkpoint.
     """
     config = config or TrainConfig()
     corpus = Corpus(corpus_url)
@@ -203,7 +206,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     )
     state = _State(projector, optimizer)
     state.resume(ray.train.get_checkpoint(), device)
-    began = time.monotonic()
+    began = saved = time.monotonic()
     while state.epoch < config.max_epochs and state.epoch - state.best_epoch <= config.patience:
         order = torch.randperm(
             len(pairs.x), generator=torch.Generator().manual_seed(state.epoch * 10_007 + rank)
@@ -230,9 +233,14 @@ def _train_loop(job: dict[str, Any]) -> None:
         state.note(metrics)
         report = {"epoch": state.epoch, "loss": float(torch.stack(losses).mean()), **metrics}
         print(json.dumps({"stage": "train", **report}), flush=True)  # seen in a job's log
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = state.save(Path(folder)) if rank == 0 else None
-            ray.train.report(report, checkpoint=checkpoint)
+        # A report with a checkpoint costs seconds, an epoch may take less: the first rank's clock
+        # decides, for all ranks must report equally often.
+        due = float(rank == 0 and time.monotonic() - saved > CHECKPOINT_EVERY_S)
+        if _across(torch.tensor(due, device=device), "SUM", world) > 0:
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoint = state.save(Path(folder)) if rank == 0 else None
+                ray.train.report(report, checkpoint=checkpoint)
+            saved = time.monotonic()
         state.epoch += 1
     if rank == 0:
         projector.load_state_dict(state.best)
