@@ -14,6 +14,7 @@ import vsearch
 from vsearch.corpus import Corpus, newest_projector
 from vsearch.demo.world import make_world
 
+pytestmark = pytest.mark.long
 REPOSITORY = Path(__file__).parent.parent
 RAY = str(Path(sys.executable).parent / "ray")
 

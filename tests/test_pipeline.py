@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -215,6 +217,29 @@ def test_real_clips_agree_with_the_manifest(shared_videos, tmp_path):
     assert Counter(s.status for s in states.values()) == {"indexed": 42, "partial": 2, "failed": 8}
 
 
+@pytest.mark.long
+def test_a_training_that_was_cut_off_goes_on_at_its_last_checkpoint(built, tmp_path):
+    url = str(tmp_path / "corpus")
+    shutil.copytree(built, url, ignore=shutil.ignore_patterns("projector", "index"))
+    config = TrainConfig(max_epochs=1500, patience=1500)
+    program = (
+        "from vsearch.config import TrainConfig; from vsearch.train import train; "
+        f"train({url!r}, TrainConfig(max_epochs=1500, patience=1500))"
+    )
+    started = subprocess.Popen([sys.executable, "-c", program])
+    deadline = time.monotonic() + 240
+    while not list(Path(url).glob("projector/.runs/*/checkpoint*/state.json")):
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.5)
+    time.sleep(3)  # until Ray Train has noted it
+    started.kill()
+    started.wait()
+    assert newest_projector(Corpus(url)) is None
+    summary = train(url, config)
+    assert summary.new and summary.metrics["epochs"] == 1500
+    assert summary.metrics["resumed_at_epoch"] > 0
+
+
 def run_cli(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "vsearch.cli", *words],
@@ -222,35 +247,53 @@ def run_cli(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
-def test_the_whole_path_on_object_storage(world, tmp_path):
-    """Videos and corpus in a bucket, on an S3 server over HTTP."""
+@pytest.mark.long
+def test_the_whole_path_on_object_storage_that_fails_now_and_then(built, world, tmp_path):
+    """Videos and corpus in a bucket, on an S3 server over HTTP; one request in twenty is spoiled."""
     import s3fs
+    from faulty_s3 import faulty_s3
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    host, port = server.get_host_and_port()
+    direct = f"http://{host}:{port}"
+    bucket = s3fs.S3FileSystem(key="key", secret="very-secret", endpoint_url=direct)
+    bucket.mkdir("archive")
+    videos = sorted(world.glob("*.mp4"))
+    for video in videos:
+        bucket.put_file(str(video), f"archive/videos/{video.name}")
+    corpus = ("--corpus", "s3://archive/corpus")
     try:
-        host, port = server.get_host_and_port()
-        environment = {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "HOME": str(tmp_path),
-        }
-        bucket = s3fs.S3FileSystem(
-            key="key", secret="secret", endpoint_url=environment["AWS_ENDPOINT_URL"]
-        )
-        bucket.mkdir("archive")
-        for video in sorted(world.glob("*.mp4"))[:2]:
-            bucket.put_file(str(video), f"archive/videos/{video.name}")
-        corpus = ("--corpus", "s3://archive/corpus")
-        done = run_cli("build", "s3://archive/videos", *corpus, "--models", "demo", **environment)
-        assert done.returncode == 0, done.stderr
-        status = json.loads(run_cli("status", *corpus, "--json", **environment).stdout)
-        assert status["videos"]["indexed"] == 2 and status["frames"] > 100
-        answer = json.loads(run_cli("search", "a tree", *corpus, "--json", **environment).stdout)
+        with faulty_s3(direct, share=0.05) as proxy:
+            environment = {
+                "AWS_ENDPOINT_URL": proxy.address,
+                "AWS_ACCESS_KEY_ID": "key",
+                "AWS_SECRET_ACCESS_KEY": "very-secret",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "HOME": str(tmp_path),
+            }
+            build = ("build", "s3://archive/videos", *corpus, "--models", "demo")
+            done = run_cli(*build, **environment)
+            assert done.returncode == 0, done.stderr
+            said = run_cli("status", *corpus, "--json", **environment)
+            answer = json.loads(
+                run_cli("search", "a tree", *corpus, "--json", **environment).stdout
+            )
+            assert sum(proxy.injected.values()) > 0
+        status = json.loads(said.stdout)
+        assert status["videos"]["indexed"] == len(videos)
         assert answer["segments"][0]["video"].startswith("s3://archive/videos/")
+        found = []
+        for name in bucket.glob("archive/corpus/frames/*.parquet"):
+            with bucket.open(name) as file:
+                table = pq.read_table(file, columns=["video_id", "pts_s"])
+            found += zip(table["video_id"].to_pylist(), table["pts_s"].to_pylist(), strict=True)
+        assert len(found) == len(set(found))
+        assert set(found) == stored_frames(built)
+        for name in bucket.find("archive/corpus"):
+            assert b"very-secret" not in bucket.cat_file(name)
+        assert "very-secret" not in done.stdout + done.stderr + said.stdout + said.stderr
     finally:
         server.stop()
 

@@ -1,17 +1,22 @@
 import math
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from vsearch.config import Sampling, UserError
 from vsearch.sampling import (
     FrameSampler,
     SpanGrid,
+    change,
     expected_spans,
+    has_pairs,
     missing_runs,
+    signature,
     span_grid,
     span_id,
 )
@@ -116,9 +121,110 @@ def test_span_ids_are_distinct_and_stable(names: set[tuple[str, str, int]]) -> N
     assert [span_id(*name) for name in names] == [span_id(*name) for name in names]
 
 
+# ── which spans have pairs ───────────────────────────────────────────────────────────────────────
+
+SPAN_IDS = [span_id(f"video {n // 50}", "encoders", n % 50) for n in range(10_000)]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.05, 0.25, 0.5, 0.9, 0.999])
+def test_the_share_of_spans_with_pairs_is_met(share: float) -> None:
+    count = sum(has_pairs(name, share) for name in SPAN_IDS)
+    deviation = math.sqrt(len(SPAN_IDS) * share * (1 - share))
+    assert abs(count - share * len(SPAN_IDS)) < 4 * deviation
+
+
+def test_a_larger_share_only_adds_spans_and_1_takes_all() -> None:
+    shares = [1e-9, 0.001, 0.1, 0.3, 0.300001, 0.7, 1.0]
+    chosen = [{name for name in SPAN_IDS if has_pairs(name, share)} for share in shares]
+    assert all(fewer <= more for fewer, more in pairwise(chosen))
+    assert chosen[-1] == set(SPAN_IDS)
+    assert has_pairs("f" * 16, 1.0) and not has_pairs("f" * 16, 0.999)
+
+
+def test_every_video_has_its_share_of_pairs() -> None:
+    per_video = [
+        sum(has_pairs(name, 0.5) for name in SPAN_IDS[n : n + 50]) for n in range(0, 10_000, 50)
+    ]
+    assert min(per_video) > 8 and max(per_video) < 42
+
+
+# ── how alike pictures are ───────────────────────────────────────────────────────────────────────
+
+sides = st.integers(8, 80)
+
+
+@st.composite
+def pictures(draw: st.DrawFn) -> NDArray[np.uint8]:
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return random.integers(0, 256, (draw(sides), draw(sides), 3), np.uint8)
+
+
+@given(pictures())
+def test_a_signature_has_square_cells_sixteen_or_a_few_more_to_the_short_side(
+    picture: NDArray[np.uint8],
+) -> None:
+    found = signature(picture)
+    short, cells = min(picture.shape[:2]), min(found.shape[:2])
+    side = max(1, short // 16)
+    assert found.dtype == np.float32
+    assert found.shape == (picture.shape[0] // side, picture.shape[1] // side, 3)
+    assert cells == short if short < 32 else 16 <= cells <= 24
+    corner = picture[: picture.shape[0] // found.shape[0], : picture.shape[1] // found.shape[1]]
+    assert np.allclose(found[0, 0], corner.reshape(-1, 3).mean(axis=0), atol=1e-3)
+
+
+@given(pictures(), st.data())
+def test_no_pixel_is_left_out_of_a_signature(
+    picture: NDArray[np.uint8], data: st.DataObject
+) -> None:
+    changed = picture.copy()
+    place = tuple(data.draw(st.integers(0, side - 1)) for side in picture.shape)
+    changed[place] ^= 128
+    assert change(signature(picture), signature(changed)) > 1
+
+
+@given(pictures(), st.integers(-60, 60))
+def test_change_is_the_difference_in_gray_levels_of_the_cell_that_differs_most(
+    picture: NDArray[np.uint8], step: int
+) -> None:
+    dim = picture // 2 + 64
+    brighter = (dim.astype(int) + step).astype(np.uint8)
+    assert change(signature(dim), signature(dim)) == 0
+    assert change(signature(dim), signature(brighter)) == pytest.approx(abs(step), abs=1e-3)
+    assert change(signature(brighter), signature(dim)) == pytest.approx(abs(step), abs=1e-3)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, -14), (-14, 0), (-14, -14), (105, 147)])
+def test_what_moves_in_one_cell_changes_a_picture_as_much_as_a_cut(corner: tuple[int, int]) -> None:
+    quiet = np.full((224, 398, 3), 100, np.uint8)
+    moved = quiet.copy()
+    y, x = corner
+    moved[y : y + 14 or None, x : x + 14 or None] = 200
+    assert change(signature(quiet), signature(moved)) >= 25
+    assert np.abs(moved.astype(int) - quiet).mean() < 1  # as a mean it would be lost
+
+
+def test_sensor_noise_changes_little() -> None:
+    random = np.random.default_rng(0)
+    noisy = [
+        np.clip(random.normal(120, 6, (224, 398, 3)), 0, 255).astype(np.uint8) for _ in range(2)
+    ]
+    assert change(*map(signature, noisy)) < 4
+
+
+def test_pictures_of_different_shapes_differ_wholly() -> None:
+    wide, tall = np.zeros((48, 96, 3), np.uint8), np.zeros((96, 48, 3), np.uint8)
+    assert change(signature(wide), signature(tall)) == 255
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"fps": 0.0}, {"fps": float("nan")}, {"fps": 5000.0}, {"span_s": 0}, {"span_frames": 0}],
+    [
+        *[{"fps": fps} for fps in (0.0, -1.0, float("nan"), float("inf"), 5000.0)],
+        *[{"max_change": level} for level in (-1.0, 256.0, float("nan"))],
+        {"span_s": 0},
+        {"span_frames": 0},
+    ],
 )
 def test_impossible_sampling_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError):

@@ -15,10 +15,11 @@ if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 if TYPE_CHECKING:
+    from vsearch.coverage import VideoState
     from vsearch.search import Engine
 
 __version__ = "0.1.0"
-__all__ = ["open"]
+__all__ = ["open", "status"]
 
 
 def open(corpus: str, snapshot: str | None = None) -> "Engine":
@@ -26,3 +27,10 @@ def open(corpus: str, snapshot: str | None = None) -> "Engine":
     from vsearch.search import Engine
 
     return Engine(corpus, snapshot)
+
+
+def status(corpus: str) -> "list[VideoState]":
+    """What of every video of a corpus is embedded, and what is not and why, sorted by URI."""
+    from vsearch.corpus import Corpus
+
+    return Corpus(corpus).states()

@@ -18,7 +18,8 @@ import ray
 
 from vsearch import runtime
 from vsearch.config import UserError
-from vsearch.corpus import Corpus, VideoState, newest_projector, vector_matrix
+from vsearch.corpus import Corpus, newest_projector, vector_matrix
+from vsearch.coverage import VideoState
 from vsearch.index import FLAT_ROWS, IvfPq, fill, sha256, train_quantizer
 from vsearch.schema import ROWS, SpanRecord
 
@@ -67,6 +68,11 @@ def build_index(
         raise UserError(f"There is no space {space!r}; choose one of {', '.join(SPACES)}.")
     corpus = Corpus(corpus_url)
     config = corpus.config
+    if space == "clip" and config.pairs < 1:
+        raise UserError(
+            f"The corpus at {corpus_url} has CLIP vectors for a share of {config.pairs:g} of its spans "
+            f"only (--pairs): the clip space cannot be had, use --space projected."
+        )
     projector = None
     if space == "projected":
         newest = newest_projector(corpus)
@@ -84,10 +90,11 @@ def build_index(
     kind = ("flat" if rows <= FLAT_ROWS else "ivfpq") if kind == "auto" else kind
     shape = IvfPq.for_rows(rows) if kind == "ivfpq" else None
     uris = sorted((video.uri, video.video_id) for video in videos)
+    stored = sorted((name, record.attempts) for name, (_, record) in spans.items())
     built_from = hashlib.sha256(
-        json.dumps([sorted(spans), uris, projector, space, kind, shard_rows]).encode()
+        json.dumps([stored, uris, projector, space, kind, shard_rows]).encode()
     ).hexdigest()
-    current = _current_manifest(corpus)
+    current = corpus.current_manifest()
     if current and current["built_from"] == built_from:
         return IndexSummary(current["version"], False, kind, space, rows, len(shards))
 
@@ -133,14 +140,6 @@ def build_index(
     corpus.write(f"index/{version}/manifest.json", (json.dumps(manifest) + "\n").encode())
     corpus.write("index/CURRENT", f"{version}\n".encode())
     return IndexSummary(version, True, kind, space, rows, len(shards))
-
-
-def _current_manifest(corpus: Corpus) -> dict[str, Any] | None:
-    if not corpus.exists("index/CURRENT"):
-        return None
-    version = corpus.read("index/CURRENT").decode().strip()
-    found: dict[str, Any] = json.loads(corpus.read(f"index/{version}/manifest.json"))
-    return found
 
 
 def _shards(

@@ -49,6 +49,28 @@ ClipOption = Annotated[
 FpsOption = Annotated[
     float | None, typer.Option("--fps", help="At most so many frames a second; all without it.")
 ]
+MaxChangeOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-change",
+        help="Frames within so many gray levels (of 255) of the last embedded one share its vectors.",
+    ),
+]
+PairsOption = Annotated[
+    float,
+    typer.Option(
+        "--pairs", help="Share of the spans that CLIP sees too; the projector learns from those."
+    ),
+]
+SyncOption = Annotated[
+    bool, typer.Option("--sync", help="Also remove what is no longer at the sources.")
+]
+TimePatternOption = Annotated[
+    str | None,
+    typer.Option(
+        "--time-pattern", help="Recording time in file names, as for strptime: %Y%m%d_%H%M%S (UTC)."
+    ),
+]
 KindOption = Annotated[str, typer.Option("--kind", help="auto, flat or ivfpq.")]
 SpaceOption = Annotated[
     str, typer.Option("--space", help="projected (DINO through the projector) or clip.")
@@ -66,7 +88,11 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Machine output on stdout; all else goes to stderr.")
 ]
 SourcesArgument = Annotated[
-    list[str], typer.Argument(help="Folders, globs or files, local or at any fsspec URL.")
+    list[str],
+    typer.Argument(
+        help="Folders, globs, files or lists (CSV, JSONL, Parquet with a column uri), local or at any "
+        "fsspec URL."
+    ),
 ]
 DEFAULT_CORPUS = "corpus"
 
@@ -112,6 +138,16 @@ def ingest(
     dino: DinoOption = None,
     clip: ClipOption = None,
     fps: FpsOption = None,
+    max_change: MaxChangeOption = None,
+    pairs: PairsOption = 1.0,
+    sync: SyncOption = False,
+    time_pattern: TimePatternOption = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try failed videos and damaged spans again.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would happen, and change nothing.")
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 when a video failed or is partial.")
     ] = False,
@@ -119,33 +155,50 @@ def ingest(
 ) -> None:
     """Embed the frames of videos; a repeated command does only what is missing.
 
-    Example: [bold]vsearch ingest ~/Videos --corpus ./corpus --fps 4[/]
+    Examples:
+
+    [bold]vsearch ingest ~/Videos --corpus ./corpus --fps 4[/]
+
+    [bold]vsearch ingest s3://archive/2026 s3://archive/list.csv --corpus s3://archive/corpus --sync[/]
+
+    [bold]vsearch ingest /cameras --max-change 2 --time-pattern %Y%m%d_%H%M%S --dry-run[/]
     """
     from vsearch.ingest import ingest as run
 
     names = encoder_names(models, dino, clip)
     began = time.monotonic()
-    with _bar() as bar:
-        task = bar.add_task("starting", total=None, note="")
-
-        def report(progress: Any) -> None:
-            words = {"probe": "reading headers", "embed": "decoding and embedding spans"}
-            rate = progress.frames / max(1e-9, time.monotonic() - began)
-            note = f"{progress.frames} frames, {rate:.0f} a second" if progress.frames else ""
-            bar.update(
-                task,
-                description=words[progress.stage],
-                total=progress.total,
-                completed=progress.done,
-                note=note,
-            )
-
-        summary = run(corpus, sources, names, fps, report)
+    with _IngestView() as view:
+        summary = run(
+            corpus,
+            sources,
+            names,
+            fps=fps,
+            max_change=max_change,
+            pairs=pairs,
+            sync=sync,
+            retry_failed=retry_failed,
+            time_pattern=time_pattern,
+            dry_run=dry_run,
+            report=view.report,
+        )
+    found = ", ".join(f"{number} {kind}" for kind, number in sorted(summary.found.items()))
+    if dry_run:
+        _print_dry_run(summary, as_json)
+        console.print(f"{summary.videos} videos at the sources: {found}. Nothing was changed.")
+        return
     states = _print_status(corpus, as_json)
+    console.print(f"{summary.videos} videos at the sources: {found or 'nothing new'}.")
+    seconds = time.monotonic() - began
+    saved = summary.frames - summary.embedded
     console.print(
-        f"{summary.frames} frames of {summary.spans} spans embedded now, from {summary.videos} videos "
-        f"at the sources, in {time.monotonic() - began:.1f} s."
+        f"{summary.frames} frames of {summary.spans} spans ({summary.video_s / 3600:.2f} hours of video) "
+        f"stored now, in {seconds:.1f} s"
+        + (f"; {saved} of them share the vectors of the frame before." if saved else ".")
     )
+    if summary.unread:
+        console.print("[yellow]A part could not be read now[/]; run the same command again:")
+        for line in summary.unread[:10]:
+            console.print(f"  {escape(line)}", highlight=False)
     if strict and any(state.status in ("failed", "partial") for state in states):
         raise typer.Exit(1)
 
@@ -209,6 +262,10 @@ def build(
     dino: DinoOption = None,
     clip: ClipOption = None,
     fps: FpsOption = None,
+    max_change: MaxChangeOption = None,
+    pairs: PairsOption = 1.0,
+    sync: SyncOption = False,
+    time_pattern: TimePatternOption = None,
     kind: KindOption = "auto",
     workers: WorkersOption = None,
     as_json: JsonOption = False,
@@ -217,7 +274,10 @@ def build(
 
     Example: [bold]vsearch build ~/Videos --corpus ./corpus[/]
     """
-    ingest(sources, corpus, models, dino, clip, fps, as_json=as_json)
+    ingest(
+        sources, corpus, models, dino, clip, fps, max_change, pairs, sync, time_pattern,
+        as_json=as_json,
+    )  # fmt: skip
     train(corpus, workers)
     index(corpus, kind)
 
@@ -276,12 +336,18 @@ def evaluate(
 
 
 @app.command()
-def status(corpus: CorpusOption = DEFAULT_CORPUS, as_json: JsonOption = False) -> None:
-    """Show what of the corpus is embedded, what failed and why.
+def status(
+    corpus: CorpusOption = DEFAULT_CORPUS,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Only what is not indexed in full, all of it.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what of the corpus is embedded and indexed, what is not, and why.
 
-    Example: [bold]vsearch status --corpus ./corpus[/]
+    Example: [bold]vsearch status --corpus ./corpus --failed[/]
     """
-    _print_status(corpus, as_json, to_stdout=True)
+    _print_status(corpus, as_json, failed, to_stdout=True)
 
 
 @app.command()
@@ -391,46 +457,161 @@ def _wait() -> None:
         console.print("Stopped.")
 
 
-def _print_status(corpus: str, as_json: bool, to_stdout: bool = False) -> list[Any]:
-    from vsearch.corpus import Corpus
+class _IngestView:
+    """Shows an ingest's progress: a bar at a terminal, a line now and then elsewhere."""
 
-    states = Corpus(corpus).states()
-    count = {
-        name: sum(state.status == name for state in states)
-        for name in ("indexed", "partial", "failed", "pending")
-    }
+    LINE_EVERY_S = 10.0
+
+    def __init__(self) -> None:
+        self._bar = _bar()
+        self._task = self._bar.add_task("starting", total=None, note="")
+        self._began: float | None = None
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> "_IngestView":
+        if console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if console.is_terminal:
+            self._bar.stop()
+
+    def report(self, progress: Any) -> None:
+        words = {"probe": "reading headers", "embed": "decoding and embedding spans"}
+        note = self._note(progress) if progress.stage == "embed" and progress.total else ""
+        if console.is_terminal:
+            self._bar.update(
+                self._task,
+                description=words[progress.stage],
+                total=progress.total,
+                completed=progress.done,
+                note=note,
+            )
+        elif time.monotonic() - self._last_line > self.LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            line = f"{words[progress.stage]}: {progress.done} of {progress.total}"
+            console.print(f"{line}, {note}" if note else line, highlight=False, soft_wrap=True)
+
+    def _note(self, progress: Any) -> str:
+        self._began = self._began or time.monotonic()
+        took_s = time.monotonic() - self._began
+        parts = [f"{progress.videos} of {progress.videos_total} videos"]
+        if progress.done and took_s > 1:
+            left_s = took_s * (progress.total - progress.done) / progress.done
+            parts += [
+                f"{progress.video_s / 3600:.2f} h of video",
+                f"{progress.frames / took_s:.0f} frames/s",
+                f"{progress.bottleneck} is the bottleneck",
+                f"{int(left_s) // 60}:{int(left_s) % 60:02d} left",
+            ]
+        return ", ".join(parts)
+
+
+def _print_dry_run(summary: Any, as_json: bool) -> None:
     if as_json:
-        _emit(
-            {
-                "videos": {"total": len(states), **count},
-                "frames": sum(state.frames for state in states),
-                "failed": [
-                    {"video": s.uri, "reason": s.reason} for s in states if s.status == "failed"
-                ],
-                "partial": [
-                    {"video": s.uri, "reason": s.reason} for s in states if s.status == "partial"
-                ],
-            }
-        )
-        return states
-    table = Table(
-        title=f"{len(states)} videos, {sum(s.frames for s in states)} frames", title_justify="left"
-    )
-    for heading in ("video", "status", "frames", "reason"):
-        table.add_column(
-            heading, justify="right" if heading == "frames" else "left", overflow="fold"
-        )
-    colours = {"partial": "yellow", "failed": "red", "pending": "cyan"}
-    for state in states:
-        if state.status != "indexed":
-            status = f"[{colours[state.status]}]{state.status}[/]"
-            name, reason = escape(Path(state.uri).name), escape(state.reason or "")
-            table.add_row(name, status, str(state.frames), reason)
-    out = Console() if to_stdout else console
-    out.print(", ".join(f"{number} {name}" for name, number in count.items() if number))
+        listing = [{"video": uri, "change": kind} for uri, kind in summary.listing]
+        _emit({"videos": summary.videos, "found": summary.found, "changes": listing})
+        return
+    table = Table(title="What would happen", title_justify="left")
+    table.add_column("change")
+    table.add_column("video", overflow="fold")
+    for uri, kind in summary.listing:
+        if kind != "unchanged":
+            table.add_row(kind, escape(uri))
     if table.row_count:
-        out.print(table)
+        Console().print(table)
+
+
+STATUS_ROWS = 40
+"""So many videos a status table shows: those first that are not indexed in full."""
+
+
+def _print_status(
+    corpus: str, as_json: bool, failed: bool = False, to_stdout: bool = False
+) -> list[Any]:
+    from vsearch.corpus import Corpus
+    from vsearch.coverage import as_dict
+
+    opened = Corpus(corpus)
+    states = opened.states()
+    indexed = opened.indexed()
+    if as_json:
+        _emit(as_dict(states, indexed))
+        return states
+    out = Console() if to_stdout else console
+    out.print(_coverage_line(states), highlight=False)
+    if to_stdout:
+        out.print(_index_line(states, indexed), highlight=False)
+    flawed = [state for state in states if state.status != "indexed"]
+    shown = flawed
+    if to_stdout and not failed:
+        whole = [state for state in states if state.status == "indexed"]
+        shown = [*flawed, *whole][:STATUS_ROWS]
+    elif not failed:
+        shown = flawed[:STATUS_ROWS]
+    if shown:
+        out.print(_status_table(shown))
+        left = (len(flawed) if failed or not to_stdout else len(states)) - len(shown)
+        if left:
+            out.print(f"… and {left} more (--failed, or --json, lists all)")
     return states
+
+
+def _coverage_line(states: list[Any]) -> str:
+    from vsearch.search import clock
+
+    names = ("indexed", "partial", "failed", "pending")
+    count = {name: sum(state.status == name for state in states) for name in names}
+    quarantined = sum(state.quarantined for state in states)
+    parts = [f"{number} {name}" for name, number in count.items() if number]
+    parts += [f"{quarantined} quarantined"] if quarantined else []
+    expected_s = sum(state.expected_s or 0.0 for state in states)
+    indexed_s = sum(state.indexed_s for state in states)
+    return (
+        f"[bold]{len(states)} videos[/]: {', '.join(parts) or 'none'}. "
+        f"[bold]{sum(state.frames for state in states)} frames[/] of "
+        f"{clock(indexed_s)} out of {clock(expected_s)}; encoders worked "
+        f"{clock(sum(state.encode_s for state in states))}, decoders "
+        f"{clock(sum(state.decode_s for state in states))}."
+    )
+
+
+def _index_line(states: list[Any], indexed: dict[str, Any] | None) -> str:
+    if indexed is None:
+        return "[yellow]There is no index yet[/]: run vsearch train and vsearch index."
+    line = (
+        f"Snapshot {indexed['snapshot']} answers from {indexed['rows']} rows of "
+        f"{len(indexed['videos'])} videos."
+    )
+    lacking = sum(bool(s.frames) and s.video_id not in indexed["videos"] for s in states)
+    frames = sum(state.frames for state in states)
+    if lacking or frames != indexed["rows"]:
+        line += (
+            f" [yellow]It is behind[/]: {lacking} embedded videos are not in it; run vsearch index."
+        )
+    return line
+
+
+def _status_table(states: list[Any]) -> Table:
+    from vsearch.search import clock
+
+    table = Table()
+    for heading in ("video", "status", "indexed", "expected", "frames", "tries", "reason"):
+        right = heading in ("indexed", "expected", "frames", "tries")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    colours = {"partial": "yellow", "failed": "red", "pending": "cyan", "indexed": "green"}
+    for state in states:
+        table.add_row(
+            escape(Path(state.uri).name),
+            f"[{colours[state.status]}]{state.status}[/]" + (" ⛔" if state.quarantined else ""),
+            clock(state.indexed_s) if state.frames else "",
+            clock(state.expected_s) if state.expected_s else "",
+            str(state.frames),
+            str(state.attempts),
+            escape(state.reason or ""),
+        )
+    return table
 
 
 def _results_table(results: Any, folder: Path | None = None) -> Table:

@@ -67,18 +67,22 @@ class Sampling:
 
     `fps` is the highest number of frames a second, None for all of them. `span_s` is the longest
     span in seconds; spans get shorter for high frame rates so that one holds at most about
-    `span_frames` frames.
+    `span_frames` frames. A frame that differs by at most `max_change` gray levels (see
+    `sampling.change`) from the last embedded one shares its vectors; None embeds every frame.
     """
 
     fps: float | None = None
     span_s: float = 20.0
     span_frames: int = 512
+    max_change: float | None = None
 
     def __post_init__(self) -> None:
         if self.fps is not None and not 0.001 <= self.fps <= 1000:
             raise UserError(f"--fps must lie between 0.001 and 1000, not {self.fps:g}.")
         if self.span_s <= 0 or self.span_frames < 1:
             raise UserError("The length of a span must be positive.")
+        if self.max_change is not None and not 0 <= self.max_change <= 255:
+            raise UserError(f"--max-change must lie between 0 and 255, not {self.max_change:g}.")
 
 
 @dataclass(frozen=True)
@@ -92,13 +96,20 @@ class Encoder:
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """The contents of `corpus.json`: fixed when a corpus is made, compared at every later use."""
+    """The contents of `corpus.json`: fixed when a corpus is made, compared at every later use.
+    `pairs` is the share of spans that are embedded with CLIP too; the others have DINO alone.
+    """
 
     dino: Encoder
     clip: Encoder
     input_px: int
     sampling: Sampling = field(default_factory=Sampling)
-    format_version: int = 1
+    pairs: float = 1.0
+    format_version: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.pairs <= 1:
+            raise UserError(f"--pairs must lie above 0 and not above 1, not {self.pairs:g}.")
 
 
 @dataclass(frozen=True)

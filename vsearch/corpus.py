@@ -11,54 +11,38 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import datetime
-from functools import cached_property
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vsearch.config import CorpusConfig, Encoder, Sampling, UserError
+from vsearch.coverage import VideoState, video_state
 from vsearch.schema import SPANS_KEY, VIDEOS, SpanRecord
+from vsearch.storage import RANGE_BYTES, filesystem, is_local, open_file, persist
 
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class VideoState:
-    """One video and what is embedded of it. `status` is indexed, partial, failed or pending;
-    `reason` says why it is not indexed in full.
-    """
-
-    uri: str
-    video_id: str
-    status: str
-    reason: str | None
-    frames: int
-    duration_s: float | None
-    zero_s: float
-    recorded_at: datetime
-    recorded_at_source: str
-    ingested_at: datetime
+FORMAT_VERSION = 2
+READERS = 16
+FOOTER_BYTES = 1 << 16
+"""Most footers of frames files fit in so much: the rest of the file is not read with them."""
 
 
 class Corpus:
     """A corpus at a URL (a local path, `s3://bucket/prefix`, anything fsspec opens)."""
 
     def __init__(self, url: str) -> None:
-        try:
-            self.fs, self._root = fsspec.url_to_fs(str(url))
-        except (ImportError, ValueError) as error:
-            raise UserError(f"The corpus URL {str(url)!r} cannot be used: {error}.") from error
+        self.fs, self._root = filesystem(str(url))
         self.url = str(url)
         self._root = self._root.rstrip("/")
-        self._local = "file" in _protocols(self.fs)
+        self._local = is_local(self.fs)
+        self._footers: dict[str, list[SpanRecord]] = {}  # files are immutable: read once
         if self._local:  # a relative path means another place to a worker
             self.url = self._root
 
@@ -74,29 +58,57 @@ class Corpus:
 
     def exists(self, name: str) -> bool:
         self.fs.invalidate_cache()
-        return bool(self.fs.exists(self.path(name)))
+        try:
+            persist(partial(self.fs.info, self.path(name)))
+        except FileNotFoundError:
+            return False
+        return True
 
     def read(self, name: str) -> bytes:
-        data: bytes = self.fs.cat_file(self.path(name))
-        return data
+        self.fs.invalidate_cache(self.path(name))
+        with self.open(name) as file:
+            return file.read()
 
-    def open(self, name: str) -> BinaryIO:
-        file: BinaryIO = self.fs.open(self.path(name), "rb")
-        return file
+    def open(self, name: str, range_bytes: int = 8 * RANGE_BYTES) -> BinaryIO:
+        return open_file(self.fs, self.path(name), range_bytes=range_bytes)
 
     def write(self, name: str, data: bytes) -> None:
         """Puts a whole file in place at once; readers see the old one or the new one."""
+        if self._local:
+            self._temporary(name, data).replace(self.path(name))
+        else:
+            persist(partial(self.fs.pipe_file, self.path(name), data))
+
+    def write_new(self, name: str, data: bytes) -> bool:
+        """Puts a file in place unless there is one; of several at once, one wins and gets True."""
+        try:
+            if not self._local:
+                persist(partial(self.fs.pipe_file, self.path(name), data, mode="create"))
+                return True
+            temporary = self._temporary(name, data)
+            try:  # a link, as a rename would replace what is there
+                os.link(temporary, self.path(name))
+            finally:
+                temporary.unlink()
+        except FileExistsError:
+            return False
+        return True
+
+    def remove(self, name: str) -> None:
+        """Removes a file; does nothing where there is none."""
+        with suppress(FileNotFoundError):
+            persist(partial(self.fs.rm_file, self.path(name)))
+
+    def _temporary(self, name: str, data: bytes) -> Path:
+        """A finished file on this disk under a name that nobody looks for."""
         path = self.path(name)
-        if not self._local:
-            self.fs.pipe_file(path, data)
-            return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        return Path(temporary)
 
     def put(self, local_file: str, name: str) -> None:
         """Moves a finished local file into the corpus."""
@@ -104,7 +116,7 @@ class Corpus:
             Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(local_file, self.path(name))
         else:
-            self.fs.put_file(local_file, self.path(name))
+            persist(partial(self.fs.put_file, local_file, self.path(name)))
             Path(local_file).unlink()
 
     def fetch(self, name: str, sha256: str) -> Path:
@@ -113,7 +125,7 @@ class Corpus:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-            self.fs.get_file(self.path(name), str(temporary))
+            persist(partial(self.fs.get_file, self.path(name), str(temporary)))
             temporary.replace(path)
         return path
 
@@ -126,7 +138,7 @@ class Corpus:
         """Names (relative to the corpus) of the finished files in a folder, sorted."""
         self.fs.invalidate_cache()
         try:
-            found = self.fs.ls(self.path(folder), detail=False)
+            found = persist(partial(self.fs.ls, self.path(folder), detail=False))
         except FileNotFoundError:
             return []
         return sorted(f"{folder}/{p.rsplit('/', 1)[-1]}" for p in found if p.endswith(suffix))
@@ -135,7 +147,7 @@ class Corpus:
         """Names of the folders in a folder, sorted."""
         self.fs.invalidate_cache()
         try:
-            found = self.fs.ls(self.path(folder), detail=True)
+            found = persist(partial(self.fs.ls, self.path(folder), detail=True))
         except FileNotFoundError:
             return []
         names = (
@@ -144,10 +156,10 @@ class Corpus:
         return sorted(names)
 
     @contextmanager
-    def _parquet(self, name: str) -> Iterator[BinaryIO]:
+    def _parquet(self, name: str, range_bytes: int = 8 * RANGE_BYTES) -> Iterator[BinaryIO]:
         """An open Parquet file; damage is reported with its name."""
         try:
-            with self.open(name) as file:
+            with self.open(name, range_bytes) as file:
                 yield file
         except pa.ArrowException as error:
             reason = str(error).splitlines()[0]
@@ -173,9 +185,9 @@ class Corpus:
     def require(self, wanted: CorpusConfig) -> None:
         """Makes the corpus if it is new, else refuses other encoders or sampling than its own."""
         if not self.exists("corpus.json"):
-            self.write("corpus.json", (json.dumps(asdict(wanted), indent=2) + "\n").encode())
+            self.write_new("corpus.json", (json.dumps(asdict(wanted), indent=2) + "\n").encode())
         self.__dict__.pop("config", None)
-        for part in ("dino", "clip", "sampling"):
+        for part in ("dino", "clip", "sampling", "pairs"):
             has, asked = getattr(self.config, part), getattr(wanted, part)
             if has != asked:
                 raise UserError(
@@ -189,62 +201,151 @@ class Corpus:
         self.write_table(f"videos/{uuid.uuid4().hex}.parquet", rows.cast(VIDEOS))
 
     def videos(self) -> list[dict[str, Any]]:
-        """The latest row of each URI, as dictionaries, sorted by URI."""
-        latest: dict[str, dict[str, Any]] = {}
-        for name in self.files("videos"):
+        """The latest row of each URI that is not gone, as dictionaries, sorted by URI."""
+        return [row for row in self._latest_rows() if row["status"] != "gone"]
+
+    def _latest_rows(self) -> list[dict[str, Any]]:
+        def rows_of(name: str) -> list[dict[str, Any]]:
             with self._parquet(name) as file:
-                rows = pq.read_table(file, schema=VIDEOS).to_pylist()
-            for row in rows:
-                known = latest.get(row["uri"])
-                if known is None or row["ingested_at"] >= known["ingested_at"]:
-                    latest[row["uri"]] = row
+                rows: list[dict[str, Any]] = pq.read_table(file, schema=VIDEOS).to_pylist()
+            return [row | {"tags": dict(row["tags"])} for row in rows]
+
+        latest: dict[str, dict[str, Any]] = {}
+        with ThreadPoolExecutor(READERS) as pool:
+            for rows in pool.map(rows_of, self.files("videos")):
+                for row in rows:
+                    known = latest.get(row["uri"])
+                    if known is None or row["ingested_at"] >= known["ingested_at"]:
+                        latest[row["uri"]] = row
         return [latest[uri] for uri in sorted(latest)]
 
     def add_frames(self, rows: pa.Table, spans: list[SpanRecord]) -> str:
         """Stores whole spans in one file, named by what is in it; returns the file's name."""
         text = json.dumps([asdict(span) for span in spans])
-        ids = "".join(sorted(span.span_id for span in spans))
+        ids = "".join(sorted(f"{span.span_id}{span.attempts}" for span in spans))
         name = f"frames/{uuid.uuid5(uuid.NAMESPACE_OID, ids).hex}.parquet"
         self.write_table(name, rows.replace_schema_metadata({SPANS_KEY: text.encode()}))
         return name
 
     def spans(self) -> dict[str, tuple[str, SpanRecord]]:
         """Every stored span by id, with the name of the frames file that counts for it. A span that
-        was stored twice (two ingests at once) counts in one file only, the first by name.
+        was stored more than once (two ingests at once, another attempt) counts in one file only.
         """
+        return _counted(self._spans_by_file())
 
-        def records(name: str) -> tuple[str, list[SpanRecord]]:
-            with self._parquet(name) as file:
+    def settle(self) -> int:
+        """Takes away the rows of spans that count in another file, so that a plain reader of the
+        frames files sees each row once; returns the number of files that were removed or written
+        anew. Safe at any moment, beside any writer: see `_rank`.
+        """
+        by_file = self._spans_by_file()
+        counted = _counted(by_file)
+        settled = 0
+        for name, records in by_file.items():
+            kept = [record for record in records if counted[record.span_id][0] == name]
+            if len(kept) == len(records):
+                continue
+            if kept:
+                try:
+                    with self._parquet(name) as file:
+                        rows = pq.read_table(file)
+                except FileNotFoundError:  # settled by another
+                    continue
+                ids = pa.array([record.span_id for record in kept])
+                self.add_frames(rows.filter(pc.is_in(rows["span_id"], ids)), kept)
+            self.remove(name)
+            settled += 1
+        return settled
+
+    def _spans_by_file(self) -> dict[str, list[SpanRecord]]:
+        def records(name: str) -> list[SpanRecord]:
+            with self._parquet(name, FOOTER_BYTES) as file:
                 metadata = pq.read_schema(file).metadata or {}
             if SPANS_KEY not in metadata:
                 raise UserError(f"{self.path(name)} is not a frames file of a corpus.")
-            return name, [SpanRecord(**record) for record in json.loads(metadata[SPANS_KEY])]
+            return [SpanRecord.from_json(record) for record in json.loads(metadata[SPANS_KEY])]
 
-        found: dict[str, tuple[str, SpanRecord]] = {}
-        with ThreadPoolExecutor(16) as pool:
-            for name, spans in pool.map(records, self.files("frames")):
-                for span in spans:
-                    found.setdefault(span.span_id, (name, span))
-        return found
+        while True:
+            names = self.files("frames")
+            new = [name for name in names if name not in self._footers]
+            try:
+                with ThreadPoolExecutor(READERS) as pool:
+                    self._footers |= zip(new, pool.map(records, new), strict=True)
+            except FileNotFoundError:  # settled meanwhile: list again
+                continue
+            return {name: self._footers[name] for name in names}
 
-    def frames(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
-        """The rows of one frames file, in pieces."""
-        with self._parquet(name) as file:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=65536, columns=columns):
-                yield pa.Table.from_batches([batch])
+    def frames(self, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The rows of one frames file, in pieces. Raises `UserError` if it was settled meanwhile."""
+        try:
+            with self._parquet(name) as file:
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=65536, columns=columns):
+                    yield pa.Table.from_batches([batch])
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path(name)} was replaced by an ingest that ran meanwhile: run this again."
+            ) from None
 
     def states(self) -> list[VideoState]:
-        """What is known and embedded of every video."""
-        fps = self.config.sampling.fps
+        """What is known and embedded of every video, sorted by URI. Content that lies at several
+        places is one video, which lives where it was found last.
+        """
         by_video: dict[str, list[SpanRecord]] = {}
         for _, span in self.spans().values():
             by_video.setdefault(span.video_id, []).append(span)
-        # Content that was found at two places is one video, which lives where it was found last.
-        latest: dict[str, dict[str, Any]] = {}
-        for row in sorted(self.videos(), key=lambda row: row["ingested_at"]):
-            latest[row["video_id"] or row["uri"]] = row
-        rows = sorted(latest.values(), key=lambda row: row["uri"])
-        return [_state(row, by_video.get(row["video_id"], []), fps) for row in rows]
+        places: dict[str, list[dict[str, Any]]] = {}
+        for row in self._latest_rows():
+            places.setdefault(row["video_id"] or row["uri"], []).append(row)
+        fps = self.config.sampling.fps
+        states = [
+            video_state(rows, by_video.get(rows[0]["video_id"], []), fps)
+            for rows in places.values()
+            if any(row["status"] != "gone" for row in rows)
+        ]
+        return sorted(states, key=lambda state: state.uri)
+
+    def current_manifest(self) -> dict[str, Any] | None:
+        """The manifest of the snapshot in use, None when there is none yet."""
+        if not self.exists("index/CURRENT"):
+            return None
+        version = self.read("index/CURRENT").decode().strip()
+        found: dict[str, Any] = json.loads(self.read(f"index/{version}/manifest.json"))
+        return found
+
+    def indexed(self) -> dict[str, Any] | None:
+        """What the snapshot in use holds: `snapshot`, `kind`, `space`, `rows`, and `videos`, the set of
+        their ids. None when there is none yet.
+        """
+        manifest = self.current_manifest()
+        if manifest is None:
+            return None
+        with self._parquet(f"index/{manifest['version']}/{manifest['videos']['name']}") as file:
+            ids = pq.read_table(file, columns=["video_id"])["video_id"].to_pylist()
+        return {
+            "snapshot": manifest["version"],
+            **{name: manifest[name] for name in ("kind", "space", "rows")},
+            "videos": frozenset(ids),
+        }
+
+
+def _counted(by_file: dict[str, list[SpanRecord]]) -> dict[str, tuple[str, SpanRecord]]:
+    counted: dict[str, tuple[str, SpanRecord]] = {}
+    ranks: dict[str, tuple[int, int, str]] = {}
+    for name, records in by_file.items():
+        for record in records:
+            rank = _rank(name, records, record)
+            if record.span_id not in ranks or rank < ranks[record.span_id]:
+                ranks[record.span_id] = rank
+                counted[record.span_id] = (name, record)
+    return counted
+
+
+def _rank(name: str, records: list[SpanRecord], record: SpanRecord) -> tuple[int, int, str]:
+    """Which of several files counts for a span: the lowest rank, that is the latest attempt, then the
+    file with the fewest spans. What `settle` writes anew ranks before what it was made from, so the
+    best file of a span is never taken away, however many settle or write at once.
+    """
+    return (-record.attempts, len(records), name)
 
 
 def _parse_config(data: bytes) -> CorpusConfig:
@@ -259,43 +360,8 @@ def _parse_config(data: bytes) -> CorpusConfig:
         clip=Encoder(**found["clip"]),
         input_px=found["input_px"],
         sampling=Sampling(**found["sampling"]),
+        pairs=found["pairs"],
         format_version=found["format_version"],
-    )
-
-
-def _state(row: dict[str, Any], spans: list[SpanRecord], fps: float | None) -> VideoState:
-    frames = sum(span.frames for span in spans)
-    errors = [error for span in sorted(spans, key=lambda s: s.span) for error in span.errors]
-    ended = any(span.ended for span in spans)
-    last_pts_s = max((s.last_pts_s for s in spans if s.last_pts_s is not None), default=None)
-    status, reason = "indexed", None
-    if row["status"] == "failed":
-        status, reason = "failed", row["reason"]
-    elif not ended or len(spans) < 1 + max((s.span for s in spans if s.ended), default=0):
-        status, reason = "pending", f"{len(spans)} of about {row['expected_spans']} spans embedded"
-    elif frames == 0:
-        status, reason = "failed", errors[0] if errors else "no frame can be decoded"
-    elif errors:
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        status, reason = "partial", errors[0] + more
-    elif row["duration_s"] and last_pts_s is not None:
-        lacking_s = row["start_s"] + row["duration_s"] - last_pts_s
-        if lacking_s > max(2.0, 0.05 * row["duration_s"]) + (1 / fps if fps else 0):
-            status = "partial"
-            reason = (
-                f"the pictures end {lacking_s:.1f} s before the {row['duration_s']:.1f} s claimed"
-            )
-    return VideoState(
-        uri=row["uri"],
-        video_id=row["video_id"],
-        status=status,
-        reason=reason,
-        frames=frames,
-        duration_s=row["duration_s"],
-        zero_s=row["zero_s"] or 0.0,
-        recorded_at=row["recorded_at"],
-        recorded_at_source=row["recorded_at_source"],
-        ingested_at=row["ingested_at"],
     )
 
 
@@ -315,12 +381,11 @@ def vector_matrix(column: pa.ChunkedArray) -> NDArray[np.float16]:
     return np.concatenate(parts) if parts else np.zeros((0, dim), np.float16)
 
 
-def _brief(part: Encoder | Sampling) -> str:
+def _brief(part: Encoder | Sampling | float) -> str:
     if isinstance(part, Encoder):
         return f"{part.model} (weights {part.revision})"
+    if isinstance(part, float):
+        return f"{part:g}"
     rate = "every frame" if part.fps is None else f"{part.fps:g} frames a second"
-    return f"{rate} in spans of {part.span_s:g} s"
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+    shared = "" if part.max_change is None else f", shared within {part.max_change:g} levels"
+    return f"{rate} in spans of {part.span_s:g} s{shared}"

@@ -96,15 +96,20 @@ class Encoders:
         self.dino, self.clip = DinoEncoder(names.dino, device), ClipEncoder(names.clip, device)
         self.input_px = max(self.dino.input_px, self.clip.input_px)
 
-    def embed(self, pixels: Pixels) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """(dino, clip), each float16 (n, dim), of uint8 frames (n, height, width, 3)."""
+    def embed(
+        self, pixels: Pixels, with_clip: bool = True
+    ) -> tuple[NDArray[np.float16], NDArray[np.float16] | None]:
+        """(dino, clip), each float16 (n, dim), of uint8 frames (n, height, width, 3); clip is None
+        when it is not wanted.
+        """
         dino = np.empty((len(pixels), self.dino.record.dim), np.float16)
-        clip = np.empty((len(pixels), self.clip.record.dim), np.float16)
+        clip = np.empty((len(pixels), self.clip.record.dim), np.float16) if with_clip else None
         for start in range(0, len(pixels), BATCH):
             batch = slice(start, start + BATCH)
             chunk = np.require(pixels[batch], requirements=["C", "W"])
             dino[batch] = self.dino.encode_images(chunk).half().cpu().numpy()
-            clip[batch] = self.clip.encode_images(chunk).half().cpu().numpy()
+            if clip is not None:
+                clip[batch] = self.clip.encode_images(chunk).half().cpu().numpy()
         return dino, clip
 
 

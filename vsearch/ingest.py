@@ -4,14 +4,18 @@ What is on storage is the truth: the plan is what the corpus should hold minus w
 repeated ingest does only what is missing.
 """
 
+import functools
+import json
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
@@ -19,39 +23,76 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from vsearch import runtime
 from vsearch.config import CorpusConfig, EncoderNames, Sampling, UserError
 from vsearch.corpus import Corpus
-from vsearch.sampling import SpanRun, expected_spans, missing_runs, span_grid, span_id
-from vsearch.schema import VIDEOS, SpanRecord, fingerprint, frames_schema
-from vsearch.video import DecodedSpan, VideoError, decode, open_url, probe, seekable
-
-VIDEO_SUFFIXES = (
-    *(".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
-    *(".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
+from vsearch.decoder import Decoder, DecoderDiedError
+from vsearch.sampling import (
+    SpanRun,
+    expected_spans,
+    has_pairs,
+    missing_runs,
+    span_grid,
+    span_id,
 )
+from vsearch.schema import VIDEOS, DecodeError, SpanRecord, frames_schema
+from vsearch.sources import Changes, Listed, compare, list_videos, name_clock
+from vsearch.video import DecodedSpan, VideoError
+
 SPANS_PER_FILE = 16
 EMBEDDER_MEMORY_BYTES = 3 << 30
 """What Ray reserves for an embedding actor: two base-size models in fp32 and their activations."""
 LONGEST_RUN = 8
 """Spans that one task decodes after one seek: longer runs seek less, shorter ones spread better."""
+ATTEMPTS = 2
+"""A span, or a header, that killed its decoder so often is quarantined."""
+SPANS_LOST = 2
+"""After so many quarantined spans in one run the rest of the run is quarantined untried: what a
+poisoned file can cost has a bound."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an ingest is: spans of about `spans_total`, frames embedded."""
+    """How far an ingest is. `stage` is probe or embed, `done` and `total` count files or (about)
+    spans; the rest is of the embedding: videos finished of those that lacked something, seconds of
+    video and frames stored, frames that went through the encoders, seconds of work by stage and the
+    number of workers that each has.
+    """
 
     stage: str
     done: int
     total: int
+    videos: int = 0
+    videos_total: int = 0
+    video_s: float = 0.0
     frames: int = 0
+    embedded: int = 0
+    decode_s: float = 0.0
+    encode_s: float = 0.0
+    decoders: int = 1
+    encoders: int = 1
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage whose workers had more to do."""
+        decoding = self.decode_s / self.decoders
+        return "decoding" if decoding > self.encode_s / self.encoders else "embedding"
 
 
 @dataclass(frozen=True)
 class IngestSummary:
-    """What one ingest did; `videos` counts the files found at the sources."""
+    """What one ingest did, or would do. `videos` counts the files at the sources; `found` tells how
+    many of them are new, changed, moved, copy, relabelled (other tags or recording time only),
+    unchanged, failed or unreadable, and how many known ones are gone. `unread` says of which videos a
+    part could not be read now, and why: it stays pending.
+    """
 
     videos: int
+    found: dict[str, int]
     probed: int
-    spans: int
-    frames: int
+    spans: int = 0
+    frames: int = 0
+    embedded: int = 0
+    video_s: float = 0.0
+    unread: list[str] = field(default_factory=list)
+    listing: list[tuple[str, str]] = field(default_factory=list)
 
 
 Report = Callable[[Progress], None]
@@ -62,57 +103,58 @@ def ingest(
     sources: list[str],
     encoders: EncoderNames,
     fps: float | None = None,
+    max_change: float | None = None,
+    pairs: float = 1.0,
+    sync: bool = False,
+    retry_failed: bool = False,
+    time_pattern: str | None = None,
+    dry_run: bool = False,
     report: Report = lambda progress: None,
 ) -> IngestSummary:
-    """Embeds what the corpus lacks of the videos at `sources` (folders, globs or files at any
-    fsspec URL). Raises `UserError` for a source that cannot be read or a corpus made otherwise.
+    """Embeds what the corpus lacks of the videos at `sources` (see `sources.list_videos`). With `sync`,
+    what is no longer at these sources leaves the corpus. With `retry_failed`, failed videos and spans
+    with errors are tried again. `time_pattern` is strptime's, for recording times in file names.
+    `dry_run` reads and compares, but changes nothing. Raises `UserError` for a source that cannot be
+    read or a corpus made otherwise.
     """
+    sampling = Sampling(fps=fps, max_change=max_change)
+    time_of = name_clock(time_pattern)
     listed = list_videos(sources)
-    runtime.connect()
     corpus = Corpus(corpus_url)
+    runtime.connect()
     with runtime.user_errors():
-        _require(corpus, encoders, Sampling(fps=fps))
-        probed = _probe_new(corpus, listed, report)
-        spans, frames = _embed_missing(corpus, {uri for uri, _, _ in listed}, report)
-    return IngestSummary(len(listed), probed, spans, frames)
+        if not dry_run:
+            _require(corpus, encoders, sampling, pairs)
+        known = corpus.videos() if corpus.exists("corpus.json") else []
+        changes = compare(listed, known, sources if sync else (), retry_failed, time_of)
+        probed = _probe(corpus, changes.probe, known, sampling, time_pattern, dry_run, report)
+        found = _classify(changes, known, probed)
+        summary = IngestSummary(
+            videos=len(listed),
+            found=dict(Counter(kind for _, kind in found) + Counter(unchanged=changes.unchanged)),
+            probed=len(probed),
+            listing=found,
+        )
+        if dry_run:
+            return summary
+        _note(corpus, changes.relabel, {})
+        _note(corpus, changes.gone, {"status": "gone"})
+        uris = {entry.uri for entry in listed}
+        done, unread = _embed_missing(corpus, uris, retry_failed, report)
+        corpus.settle()
+    return replace(
+        summary,
+        spans=done.done,
+        frames=done.frames,
+        embedded=done.embedded,
+        video_s=done.video_s,
+        unread=unread,
+    )
 
 
-def list_videos(sources: list[str]) -> list[tuple[str, int, str]]:
-    """(uri, size in bytes, change mark) of each video, sorted and without duplicates. In folders
-    files count by their suffix; what is named itself, or by a glob, counts always.
-    """
-    found: dict[str, tuple[int, str]] = {}
-    for source in sources:
-        try:
-            fs, path = fsspec.url_to_fs(source)
-            if any(c in path for c in "*?[") and not fs.exists(path):
-                entries = list(fs.glob(path, detail=True).values())
-            elif fs.isdir(path):
-                everything = fs.find(path, detail=True).values()
-                entries = [e for e in everything if e["name"].lower().endswith(VIDEO_SUFFIXES)]
-            else:
-                entries = [fs.info(path)]
-        except FileNotFoundError:
-            raise UserError(f"There is nothing at {source}.") from None
-        except Exception as error:  # each storage has errors of its own: credentials, network, name
-            raise UserError(f"{source} cannot be listed: {error}.") from error
-        for entry in entries:
-            if entry["type"] != "directory":
-                mark = entry.get("ETag") or entry.get("mtime") or entry.get("LastModified") or ""
-                found[_uri(fs, entry["name"])] = (int(entry["size"] or 0), str(mark))
-    if not found:
-        raise UserError(f"No videos found at {', '.join(sources)}.")
-    return [(uri, *found[uri]) for uri in sorted(found)]
-
-
-def _uri(fs: Any, path: str) -> str:
-    local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
-    return path if local else str(fs.unstrip_protocol(path))
-
-
-def _require(corpus: Corpus, names: EncoderNames, sampling: Sampling) -> None:
+def _require(corpus: Corpus, names: EncoderNames, sampling: Sampling, pairs: float) -> None:
     if not corpus.exists("corpus.json"):
-        corpus.require(ray.get(_describe.remote(names, sampling)))
+        corpus.require(ray.get(_describe.remote(names, sampling, pairs)))
         return
     found = corpus.config
     for role in ("dino", "clip"):
@@ -123,84 +165,129 @@ def _require(corpus: Corpus, names: EncoderNames, sampling: Sampling) -> None:
                 f"again, or another --corpus."
             )
     # The actor compares the weights when it has loaded them.
-    corpus.require(CorpusConfig(found.dino, found.clip, found.input_px, sampling))
+    corpus.require(CorpusConfig(found.dino, found.clip, found.input_px, sampling, float(pairs)))
 
 
 @ray.remote(num_cpus=1)
-def _describe(names: EncoderNames, sampling: Sampling) -> CorpusConfig:
+def _describe(names: EncoderNames, sampling: Sampling, pairs: float) -> CorpusConfig:
     from vsearch.encoders import Encoders
 
-    encoders = Encoders(names, device="cpu")
-    return CorpusConfig(encoders.dino.record, encoders.clip.record, encoders.input_px, sampling)
+    loaded = Encoders(names, device="cpu")
+    return CorpusConfig(
+        loaded.dino.record, loaded.clip.record, loaded.input_px, sampling, float(pairs)
+    )
 
 
 # ── probe ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _probe_new(corpus: Corpus, listed: list[tuple[str, int, str]], report: Report) -> int:
-    known = {(row["uri"], row["size_bytes"], row["etag"]) for row in corpus.videos()}
-    new = [entry for entry in listed if entry not in known]
-    chunk = max(1, min(64, len(new) // (2 * runtime.cpus())))
-    tables = [
-        pa.table(
-            dict(
-                zip(
-                    ("uri", "size_bytes", "etag"),
-                    zip(*new[i : i + chunk], strict=True),
-                    strict=True,
-                )
-            )
-        )
-        for i in range(0, len(new), chunk)
+def _probe(
+    corpus: Corpus,
+    new: list[Listed],
+    known: list[dict[str, Any]],
+    sampling: Sampling,
+    time_pattern: str | None,
+    dry_run: bool,
+    report: Report,
+) -> list[dict[str, Any]]:
+    """Looks into files and stores a row for each, good or bad (none when `dry_run`); gives their
+    `uri`, `video_id` and `status`.
+    """
+    tried = {row["uri"]: row["attempts"] for row in known if row["status"] == "failed"}
+    good = {row["uri"] for row in known if row["status"] == "ok"}
+    entries = [
+        json.dumps([_jsonable(entry), tried.get(entry.uri, 0), entry.uri in good]) for entry in new
     ]
-    done = 0
+    chunk = max(1, min(64, len(new) // (2 * runtime.cpus())))
+    tables = [pa.table({"entry": entries[i : i + chunk]}) for i in range(0, len(new), chunk)]
+    found: list[dict[str, Any]] = []
     report(Progress("probe", 0, len(new)))
     if tables:
         probing = ray.data.from_arrow(tables).map_batches(
             _probe_batch,
-            fn_args=(corpus.url, corpus.config.sampling),
+            fn_args=(None if dry_run else corpus.url, sampling, time_pattern),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
         )
         for batch in probing.iter_batches(batch_size=None, batch_format="pyarrow"):
-            done += batch.num_rows
-            report(Progress("probe", done, len(new)))
-    return done
+            found += batch.to_pylist()
+            report(Progress("probe", len(found), len(new)))
+    return found
 
 
-def _probe_batch(batch: pa.Table, corpus_url: str, sampling: Sampling) -> pa.Table:
-    """Stores a row for each file, good or bad, and passes the URIs on."""
-    rows = [_video_row(**entry, sampling=sampling) for entry in batch.to_pylist()]
-    Corpus(corpus_url).add_videos(pa.Table.from_pylist(rows, schema=VIDEOS))
-    return batch.select(["uri"])
+def _jsonable(entry: Listed) -> dict[str, Any]:
+    at = entry.modified_at
+    return asdict(entry) | {"modified_at": at.isoformat() if at else None}
 
 
-def _video_row(uri: str, size_bytes: int, etag: str, sampling: Sampling) -> dict[str, Any]:
+def _probe_batch(
+    batch: pa.Table, corpus_url: str | None, sampling: Sampling, time_pattern: str | None
+) -> pa.Table:
+    rows, stored = [], []
+    for text in batch["entry"].to_pylist():
+        values, tried, good = json.loads(text)
+        at = values["modified_at"]
+        entry = Listed(**values | {"modified_at": datetime.fromisoformat(at) if at else None})
+        row = _video_row(entry, tried, sampling, time_pattern)
+        rows.append(row)
+        if not (good and row["status"] == "unreadable"):  # what is known of it still holds
+            stored.append(row)
+    if corpus_url is not None and stored:
+        Corpus(corpus_url).add_videos(pa.Table.from_pylist(stored, schema=VIDEOS))
+    return pa.Table.from_pylist(rows, schema=VIDEOS).select(["uri", "video_id", "status"])
+
+
+@functools.cache
+def _decoder() -> Decoder:
+    """This worker's decoder, kept for all of its tasks."""
+    return Decoder()
+
+
+def _video_row(
+    entry: Listed, tried: int, sampling: Sampling, time_pattern: str | None
+) -> dict[str, Any]:
     now = datetime.now(UTC)
+    named_at = name_clock(time_pattern)(entry.uri)
     row: dict[str, Any] = {
-        "uri": uri,
+        "uri": entry.uri,
+        "source": entry.source,
+        "tags": entry.tags,
         "video_id": "",
-        "size_bytes": size_bytes,
-        "etag": etag,
-        "recorded_at": now,
-        "recorded_at_source": "ingest",
+        "size_bytes": entry.size_bytes,
+        "etag": entry.mark,
+        "recorded_at": named_at or entry.modified_at or now,
+        "recorded_at_source": "name" if named_at else "mtime" if entry.modified_at else "ingest",
         "ingested_at": now,
         "status": "failed",
+        "attempts": tried + 1,
+        "quarantined": False,
     }
-    try:
-        with open_url(uri) as file:
-            row["video_id"] = fingerprint(file, size_bytes)
-            info = probe(file)
-    except VideoError as error:
-        return row | {"reason": str(error)}
-    except (
-        OSError
-    ) as error:  # no fault of the content: without its mark the next ingest tries again
-        return row | {"reason": f"cannot be read: {error}", "etag": ""}
+    if entry.reason is not None:
+        return row | {"status": "unreadable", "reason": entry.reason}
+    for attempt in range(1, ATTEMPTS + 1):
+        row["attempts"] = tried + attempt
+        try:
+            info = _decoder().probe(
+                entry.uri,
+                (entry.size_bytes, entry.mark),
+                lambda video_id: row.update(video_id=video_id),
+            )
+            break
+        except DecoderDiedError as error:
+            if attempt == ATTEMPTS:
+                reason = f"quarantined after {attempt} attempts: {error}"
+                return row | {"reason": reason, "quarantined": True}
+        except VideoError as error:
+            return row | {"reason": str(error)}
+        except OSError as error:  # no fault of the content: the next ingest tries again
+            return row | {"status": "unreadable", "reason": f"cannot be read: {error}"}
     grid = span_grid(sampling, info.fps, info.start_s)
     if info.recorded_at:
         row |= {"recorded_at": info.recorded_at, "recorded_at_source": "container"}
+    expected = expected_spans(grid, info.start_s, info.duration_s)
+    if info.last_s is not None:  # whatever the header claims
+        expected = grid.number_of(info.last_s) + 1
     return row | {
         "container": info.container,
         "codec": info.codec,
@@ -211,19 +298,62 @@ def _video_row(uri: str, size_bytes: int, etag: str, sampling: Sampling) -> dict
         "duration_s": info.duration_s,
         "zero_s": info.zero_s,
         "span_s": float(grid.length_s),
-        "expected_spans": expected_spans(grid, info.start_s, info.duration_s),
+        "expected_spans": expected,
+        "seekable": info.seekable,
         "status": "ok",
     }
+
+
+def _classify(
+    changes: Changes, known: list[dict[str, Any]], probed: list[dict[str, Any]]
+) -> list[tuple[str, str]]:
+    """(uri, what it is) of everything that is not as the corpus knows it."""
+    before = {row["uri"]: row["video_id"] for row in known}
+    gone = {row["uri"] for row in changes.gone}
+    places: dict[str, set[str]] = {}
+    for row in known:
+        if row["video_id"]:
+            places.setdefault(row["video_id"], set()).add(row["uri"])
+    found = [(row["uri"], "relabelled") for row in changes.relabel]
+    moved: set[str] = set()
+    for row in sorted(probed, key=lambda row: str(row["uri"])):
+        uri, content = row["uri"], row["video_id"]
+        elsewhere = places.get(content, set()) - {uri}
+        if row["status"] != "ok":
+            kind = row["status"]
+        elif before.get(uri):
+            kind = "unchanged" if before[uri] == content else "changed"
+        elif elsewhere & gone - moved:
+            kind = "moved"
+            moved.add(min(elsewhere & gone - moved))
+        else:
+            kind = "copy" if elsewhere else "new"
+        places.setdefault(content, set()).add(uri)
+        found.append((uri, kind))
+    found += [(uri, "gone") for uri in gone - moved]
+    return sorted(found)
+
+
+def _note(corpus: Corpus, rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
+    """Stores rows anew, with other values."""
+    if rows:
+        values = values | {"ingested_at": datetime.now(UTC)}
+        corpus.add_videos(pa.Table.from_pylist([row | values for row in rows], schema=VIDEOS))
 
 
 # ── decode, embed, store ─────────────────────────────────────────────────────────────────────────
 
 
-def _embed_missing(corpus: Corpus, uris: set[str], report: Report) -> tuple[int, int]:
-    tasks, expected = _plan(corpus, uris)
-    report(Progress("embed", 0, expected))
+def _embed_missing(
+    corpus: Corpus, uris: set[str], retry: bool, report: Report
+) -> tuple[Progress, list[str]]:
+    tasks, planned = _plan(corpus, uris, retry)
+    expected = sum(planned.values())
+    progress = Progress("embed", 0, expected, videos_total=len(planned))
+    report(progress)
+    unread: list[str] = []
     if not tasks:
-        return 0, 0
+        return progress, unread
     config = corpus.config
     gpus, cpus, memory = runtime.gpus(), runtime.cpus(), runtime.memory_bytes()
     actors = gpus or max(1, min(cpus // 2, memory // EMBEDDER_MEMORY_BYTES))
@@ -231,7 +361,7 @@ def _embed_missing(corpus: Corpus, uris: set[str], report: Report) -> tuple[int,
         ray.data.from_arrow([pa.Table.from_pylist([task], schema=_TASK) for task in tasks])
         .map_batches(  # 1 run of spans → its spans
             _decode_run,
-            fn_args=(config.input_px, config.sampling),
+            fn_args=(config,),
             batch_size=None,
             batch_format="pyarrow",
             compute=TaskPoolStrategy(),
@@ -250,36 +380,56 @@ def _embed_missing(corpus: Corpus, uris: set[str], report: Report) -> tuple[int,
         )
         .map_batches(  # spans → one file
             _store,
-            fn_args=(corpus.url,),
+            fn_args=(corpus.url, config),
             batch_size=SPANS_PER_FILE,
             batch_format="pyarrow",
             num_cpus=0,
         )
     )
-    spans = frames = 0
+    decoders = max(1, cpus - (actors if cpus > actors else 0))
+    progress = replace(progress, decoders=decoders, encoders=actors)
     for batch in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
-        spans += batch.num_rows
-        frames += sum(batch["frames"].to_pylist())
-        report(Progress("embed", spans, max(spans, expected), frames))
-    return spans, frames
+        unread += batch["problem"].drop_null().to_pylist()
+        batch = batch.filter(pc.is_null(batch["problem"]))
+        for video_id in batch["video_id"].to_pylist():
+            planned[video_id] -= 1
+        sums = {name: sum(batch[name].to_pylist()) for name in _SUMS}
+        done = progress.done + batch.num_rows
+        progress = replace(
+            progress,
+            done=done,
+            total=max(done, expected),
+            videos=sum(left <= 0 for left in planned.values()),
+            **{name: getattr(progress, name) + value for name, value in sums.items()},
+        )
+        report(progress)
+    return progress, unread
 
+
+_SUMS = ("frames", "embedded", "video_s", "decode_s", "encode_s")
 
 _TASK = pa.schema(
     [
         ("uri", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("mark", pa.string()),
         ("video_id", pa.string()),
+        ("seekable", pa.bool_()),
+        ("origin_s", pa.float64()),
+        ("span_s", pa.float64()),
         ("first", pa.int32()),
         ("stop", pa.int32()),
         ("done", pa.list_(pa.int32())),
+        ("tried", pa.int32()),
     ]
 )
 
 
-def _plan(corpus: Corpus, uris: set[str]) -> tuple[list[dict[str, Any]], int]:
-    """The decoding tasks for what is missing, and about how many spans they will give."""
-    done: dict[str, dict[int, bool]] = {}
+def _plan(corpus: Corpus, uris: set[str], retry: bool) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """The decoding tasks for what is missing, and about how many spans each video will get."""
+    stored: dict[str, dict[int, SpanRecord]] = {}
     for _, span in corpus.spans().values():
-        done.setdefault(span.video_id, {})[span.span] = span.ended
+        stored.setdefault(span.video_id, {})[span.span] = span
     videos = {
         row["video_id"]: row
         for row in corpus.videos()
@@ -288,55 +438,134 @@ def _plan(corpus: Corpus, uris: set[str]) -> tuple[list[dict[str, Any]], int]:
     total = sum(row["expected_spans"] for row in videos.values())
     longest = max(1, min(LONGEST_RUN, total // (4 * runtime.cpus())))
     tasks: list[dict[str, Any]] = []
-    expected = 0
+    planned: Counter[str] = Counter()
     for video_id, row in videos.items():
-        stored = done.get(video_id, {})
-        alone = seekable(row["container"])
+        spans = stored.get(video_id, {})
+        again = [span for span in spans.values() if retry and span.errors]
+        done = {number: s.ended for number, s in spans.items() if s not in again}
         runs = missing_runs(
-            row["expected_spans"], stored, any(stored.values()), longest if alone else 1 << 30
+            row["expected_spans"],
+            done,
+            any(done.values()),
+            longest if row["seekable"] else 1 << 30,
         )
-        if runs and not alone:  # such a video is decoded from its start: then once, not run by run
+        if runs and not row["seekable"]:  # decoded from its start: then once, not run by run
             runs = [SpanRun(runs[0].first, None)]
         for run in runs:
-            expected += (run.stop or max(row["expected_spans"], run.first + 1)) - run.first
+            stop = run.stop or max(row["expected_spans"], run.first + 1)
+            planned[video_id] += sum(n not in done for n in range(run.first, stop))
             tasks.append(
                 {
                     "uri": row["uri"],
+                    "size_bytes": row["size_bytes"],
+                    "mark": row["etag"],
                     "video_id": video_id,
+                    "seekable": row["seekable"],
+                    "origin_s": row["start_s"] // row["span_s"] * row["span_s"],
+                    "span_s": row["span_s"],
                     "first": run.first,
                     "stop": run.stop,
-                    "done": sorted(stored),
+                    "done": sorted(done),
+                    "tried": max((span.attempts for span in again), default=0),
                 }
             )
-    return tasks, expected
+    return tasks, planned
 
 
-def _spans_of(uri: str, run: SpanRun, input_px: int, sampling: Sampling) -> Iterator[DecodedSpan]:
-    """The spans of a run; of a file that can no longer be read, those before that. What is lacking
-    stays pending, and the next ingest tries it again."""
-    try:
-        with open_url(uri) as file:
-            yield from decode(file, probe(file), input_px, sampling, run, threads=1)
-    except (VideoError, OSError) as error:
-        print(f"{uri} can no longer be read: {error}", flush=True)
+def _made_with(config: CorpusConfig) -> str:
+    return f"{config.dino.revision}|{config.clip.revision}|{config.sampling}"
 
 
-def _decode_run(batch: pa.Table, input_px: int, sampling: Sampling) -> Iterator[pa.Table]:
+def _decode_run(batch: pa.Table, config: CorpusConfig) -> Iterator[pa.Table]:
+    """One row a span: its record, as far as decoding knows it, its times and its pixels. Of a file
+    that can no longer be read, the spans before that and a row with the `problem`: what is lacking
+    stays pending, and the next ingest tries it again.
+    """
     for task in batch.to_pylist():
-        run = SpanRun(task["first"], task["stop"])
-        for span in _spans_of(task["uri"], run, input_px, sampling):
-            if span.number not in task["done"]:
-                yield pa.table(
-                    {
-                        "video_id": [task["video_id"]],
-                        "span": pa.array([span.number], pa.int32()),
-                        "pts_s": pa.array([[float(t) for t in span.pts_s]], pa.list_(pa.float64())),
-                        "shape": pa.array([list(span.pixels.shape)], pa.list_(pa.int64())),
-                        "pixels": pa.array([span.pixels.data], pa.large_binary()),
-                        "ended": [span.ended],
-                        "errors": pa.array([span.errors], pa.list_(pa.string())),
-                    }
+        for span, decode_s, attempts, quarantined in _spans_of(task, config):
+            if isinstance(span, str):
+                yield _decoded("", [], DecodedSpan(0), problem=f"{task['uri']}: {span}")
+                continue
+            if span.number in task["done"]:
+                continue
+            pts_s = [float(t) for t in span.pts_s]
+            name = span_id(task["video_id"], _made_with(config), span.number)
+            record = SpanRecord(
+                video_id=task["video_id"],
+                span_id=name,
+                span=span.number,
+                frames=len(pts_s),
+                last_pts_s=max(pts_s, default=None),
+                ended=span.ended,
+                embedded=len(span.pixels) if pts_s else 0,
+                pairs=has_pairs(name, config.pairs),
+                errors=span.errors,
+                gaps=[(float(a), float(b)) for a, b in span.gaps],
+                attempts=task["tried"] + attempts,
+                quarantined=quarantined,
+                decode_s=round(decode_s, 4),
+            )
+            yield _decoded(json.dumps(asdict(record)), pts_s, span)
+
+
+def _decoded(
+    record: str, pts_s: list[float], span: DecodedSpan, problem: str | None = None
+) -> pa.Table:
+    return pa.table(
+        {
+            "record": [record],
+            "problem": pa.array([problem], pa.string()),
+            "pts_s": pa.array([pts_s], pa.list_(pa.float64())),
+            "picture": pa.array([span.picture], pa.list_(pa.int32())),
+            "shape": pa.array([list(span.pixels.shape)], pa.list_(pa.int64())),
+            "pixels": pa.array([span.pixels.data], pa.large_binary()),
+        }
+    )
+
+
+def _spans_of(
+    task: dict[str, Any], config: CorpusConfig
+) -> Iterator[tuple[DecodedSpan | str, float, int, bool]]:
+    """(span, seconds of decoding, attempts, quarantined) of the spans of a run; a sentence in place of
+    a span when the file cannot be read now. A span that kills its decoder is tried again, then
+    quarantined.
+    """
+    first, stop, tries, lost = task["first"], task["stop"], 0, 0
+    while stop is None or first < stop:
+        try:
+            spans = _decoder().decode(
+                task["uri"],
+                (task["size_bytes"], task["mark"]),
+                config.input_px,
+                config.sampling,
+                SpanRun(first, stop),
+            )
+            for span, seconds in spans:
+                yield span, seconds, tries + 1, False
+                first, tries = span.number + 1, 0
+            return
+        except DecoderDiedError as error:
+            tries += 1
+            if tries < ATTEMPTS:
+                continue
+            lost += 1
+            # Behind it only a seek leads on; an open run, or too much lost, ends here.
+            over = stop is None or not task["seekable"] or lost == SPANS_LOST
+            for number in range(first, first + 1 if stop is None or not over else stop):
+                at_s = task["origin_s"] + number * task["span_s"]
+                reason = f"quarantined after {tries} attempts: {error}"
+                yield (
+                    DecodedSpan(number, errors=[DecodeError(at_s, reason)], ended=stop is None),
+                    0.0,
+                    tries,
+                    True,
                 )
+            if over:
+                return
+            first, tries = first + 1, 0
+        except (VideoError, OSError) as error:
+            yield str(error), 0.0, 0, False
+            return
 
 
 class _Embedder:
@@ -356,54 +585,69 @@ class _Embedder:
                 )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        spans = batch.num_rows
-        vectors: dict[str, list[bytes]] = {"dino": [], "clip": []}
-        for i in range(spans):
+        records: list[str] = []
+        vectors: dict[str, list[bytes | None]] = {"dino": [], "clip": []}
+        for i in range(batch.num_rows):
+            began = time.monotonic()
+            if batch["problem"][i].is_valid:
+                records.append("")
+                vectors["dino"].append(None)
+                vectors["clip"].append(None)
+                continue
+            record = json.loads(batch["record"][i].as_py())
             shape = batch["shape"][i].as_py()
             pixels = np.frombuffer(batch["pixels"][i].as_buffer(), np.uint8).reshape(shape)
-            dino, clip = self._encoders.embed(pixels)
+            dino, clip = self._encoders.embed(pixels, with_clip=record["pairs"])
             vectors["dino"].append(dino.tobytes())
-            vectors["clip"].append(clip.tobytes())
-        kept = batch.drop_columns(["pixels", "shape"])
+            vectors["clip"].append(None if clip is None else clip.tobytes())
+            seconds = round(time.monotonic() - began, 4)
+            records.append(json.dumps(record | {"encode_s": seconds}))
+        kept = batch.select(["problem", "pts_s", "picture"])
+        kept = kept.append_column("record", pa.array(records))
         for name, values in vectors.items():
             kept = kept.append_column(name, pa.array(values, pa.large_binary()))
         return kept
 
 
-def _store(batch: pa.Table, corpus_url: str) -> pa.Table:
-    """Writes whole spans as one frames file; gives the number of frames of each."""
-    corpus = Corpus(corpus_url)
-    config = corpus.config
-    made_with = f"{config.dino.revision}|{config.clip.revision}|{config.sampling}"
+def _store(batch: pa.Table, corpus_url: str, config: CorpusConfig) -> pa.Table:
+    """Writes whole spans as one frames file; gives what each of them adds, and passes problems on."""
     schema = frames_schema(config.dino.dim, config.clip.dim)
-    records, tables = [], []
-    for row in batch.to_pylist():
-        times = row["pts_s"]
-        count = len(times)
-        record = SpanRecord(
-            video_id=row["video_id"],
-            span_id=span_id(row["video_id"], made_with, row["span"]),
-            span=row["span"],
-            frames=count,
-            last_pts_s=max(times, default=None),
-            ended=row["ended"],
-            errors=row["errors"],
-        )
+    problems = batch["problem"].drop_null().to_pylist()
+    records, tables, lengths_s = [], [], []
+    for row in batch.filter(pc.is_null(batch["problem"])).to_pylist():
+        record = SpanRecord.from_json(json.loads(row["record"]))
+        times, count = row["pts_s"], record.frames
         records.append(record)
+        lengths_s.append(max(times) - min(times) if times else 0.0)
         columns = [
             pa.array([record.video_id] * count, pa.string()),
             pa.array([record.span_id] * count, pa.string()),
             pa.array([record.span] * count, pa.int32()),
             pa.array(range(count), pa.int32()),
             pa.array(times, pa.float64()),
-            _vectors(row["dino"], config.dino.dim),
-            _vectors(row["clip"], config.clip.dim),
+            _vectors(row["dino"], config.dino.dim, row["picture"]),
+            _vectors(row["clip"], config.clip.dim, row["picture"]),
         ]
         tables.append(pa.table(columns, schema=schema))
-    corpus.add_frames(pa.concat_tables(tables), records)
-    return pa.table({"frames": [record.frames for record in records]})
+    if records:
+        Corpus(corpus_url).add_frames(pa.concat_tables(tables), records)
+    nothing = [0] * len(problems)
+    return pa.table(
+        {
+            "problem": pa.array([None] * len(records) + problems, pa.string()),
+            "video_id": [record.video_id for record in records] + [""] * len(problems),
+            "frames": [record.frames for record in records] + nothing,
+            "embedded": [record.embedded for record in records] + nothing,
+            "video_s": [*lengths_s, *map(float, nothing)],
+            "decode_s": [record.decode_s for record in records] + list(map(float, nothing)),
+            "encode_s": [record.encode_s for record in records] + list(map(float, nothing)),
+        }
+    )
 
 
-def _vectors(data: bytes, dim: int) -> pa.FixedSizeListArray:
-    flat = pa.array(np.frombuffer(data, np.float16), pa.float16())
-    return pa.FixedSizeListArray.from_arrays(flat, dim)
+def _vectors(data: bytes | None, dim: int, picture: list[int]) -> pa.FixedSizeListArray:
+    """A vector for each frame, from those of the pictures; nulls where there are none."""
+    if data is None:
+        return pa.nulls(len(picture), pa.list_(pa.float16(), dim))
+    rows = np.frombuffer(data, np.float16).reshape(-1, dim)[np.asarray(picture, np.int64)]
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1), pa.float16()), dim)

@@ -10,7 +10,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vsearch.config import Sampling
+
+CELLS = 16
+"""Cells on the shorter side of a picture's signature."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,32 @@ def missing_runs(expected: int, done: Collection[int], ended: bool, longest: int
 def span_id(video_id: str, made_with: str, number: int) -> str:
     """16 hexadecimal digits that name a span: of which video, made with which encoders and sampling."""
     return hashlib.sha256(f"{video_id}|{made_with}|{number}".encode()).hexdigest()[:16]
+
+
+def has_pairs(span_id: str, share: float) -> bool:
+    """Whether a span is among the `share` that are embedded with CLIP too. Every worker decides alike."""
+    return int(span_id[:8], 16) < share * 2**32
+
+
+def signature(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The mean colours, float32 (rows, columns, 3), of about square cells of a picture uint8
+    (height, width, 3), `CELLS` on its shorter side. The mean over a cell takes off sensor noise, but
+    keeps what moves in one corner.
+    """
+    height, width = picture.shape[:2]
+    side = max(1, min(height, width) // CELLS)
+    rows, columns = (np.arange(n // side) * n // (n // side) for n in (height, width))
+    sums = np.add.reduceat(picture, rows, axis=0, dtype=np.uint32)
+    sums = np.add.reduceat(sums, columns, axis=1, dtype=np.uint32)
+    pixels = np.outer(np.diff(rows, append=height), np.diff(columns, append=width))
+    return (sums / pixels[:, :, None]).astype(np.float32)
+
+
+def change(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """How far apart two pictures are by their signatures: the gray levels (0 … 255) between the two
+    means of the cell, and colour, that differ most.
+    """
+    return float(np.abs(a - b).max()) if a.shape == b.shape else 255.0
 
 
 class FrameSampler:

@@ -1,14 +1,18 @@
 """The contract between the stages: Arrow schemas of the corpus' tables, and the ids in them."""
 
 import hashlib
-from dataclasses import dataclass
-from typing import BinaryIO
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 VIDEOS = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),
+        pa.field(
+            "source", pa.string(), nullable=False
+        ),  # the folder, glob, file or list it came by
+        pa.field("tags", pa.map_(pa.string(), pa.string()), nullable=False),
         pa.field("video_id", pa.string(), nullable=False),
         pa.field("size_bytes", pa.int64(), nullable=False),
         pa.field("etag", pa.string()),  # what the storage says changes with the content
@@ -22,14 +26,19 @@ VIDEOS = pa.schema(
         pa.field("zero_s", pa.float64()),
         pa.field("span_s", pa.float64()),
         pa.field("expected_spans", pa.int32()),
+        pa.field("seekable", pa.bool_()),  # whether its spans can be decoded each alone
         pa.field("recorded_at", pa.timestamp("us", tz="UTC"), nullable=False),
-        pa.field("recorded_at_source", pa.string(), nullable=False),  # container | ingest
+        pa.field("recorded_at_source", pa.string(), nullable=False),  # container|name|mtime|ingest
         pa.field("ingested_at", pa.timestamp("us", tz="UTC"), nullable=False),
-        pa.field("status", pa.string(), nullable=False),  # ok | failed, of the probe
+        pa.field("status", pa.string(), nullable=False),  # ok | failed | unreadable | gone
         pa.field("reason", pa.string()),
+        pa.field("attempts", pa.int32(), nullable=False),  # how often it was probed
+        pa.field("quarantined", pa.bool_(), nullable=False),  # each attempt killed its decoder
     ]
 )
-"""One row for each probe of a video; the latest row of a URI counts."""
+"""One row for each finding about a URI; the latest counts. `failed` is the content's fault and final
+until it changes; `unreadable` is the storage's, and tried again; `gone` was removed by a sync.
+"""
 
 
 def frames_schema(dino_dim: int, clip_dim: int) -> pa.Schema:
@@ -42,7 +51,7 @@ def frames_schema(dino_dim: int, clip_dim: int) -> pa.Schema:
             pa.field("frame", pa.int32(), nullable=False),
             pa.field("pts_s", pa.float64(), nullable=False),
             pa.field("dino", pa.list_(pa.float16(), dino_dim), nullable=False),
-            pa.field("clip", pa.list_(pa.float16(), clip_dim), nullable=False),
+            pa.field("clip", pa.list_(pa.float16(), clip_dim)),  # null outside the sample of pairs
         ]
     )
 
@@ -62,9 +71,19 @@ rows share one file, so that a span is stored whole or not at all."""
 
 
 @dataclass(frozen=True)
+class DecodeError:
+    """What went wrong while decoding, and after which second of stream time."""
+
+    at_s: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class SpanRecord:
-    """What became of one span. `errors` are plain sentences; `last_pts_s` is of its last decoded
-    frame; `ended` tells that the stream ended in it.
+    """What became of one span. `frames` were stored, `embedded` of them went through the encoders
+    (with `pairs` through CLIP too); `last_pts_s` is of the last of them; `gaps` are stretches of
+    stream time whose frames were lost to an error; `ended` tells that the stream ended in it.
+    `quarantined` spans killed their decoder in each of `attempts` attempts.
     """
 
     video_id: str
@@ -73,7 +92,19 @@ class SpanRecord:
     frames: int
     last_pts_s: float | None
     ended: bool
-    errors: list[str]
+    embedded: int = 0
+    pairs: bool = True
+    errors: list[DecodeError] = field(default_factory=list)
+    gaps: list[tuple[float, float]] = field(default_factory=list)
+    attempts: int = 1
+    quarantined: bool = False
+    decode_s: float = 0.0
+    encode_s: float = 0.0
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "SpanRecord":
+        errors = [DecodeError(**error) for error in value["errors"]]
+        return cls(**value | {"errors": errors, "gaps": [(a, b) for a, b in value["gaps"]]})
 
 
 SAMPLE_BYTES = 1 << 16

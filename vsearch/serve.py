@@ -1,12 +1,12 @@
 """The query service: Ray Serve, one FastAPI application with the page, the API and the media."""
 
+import os
 import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
-import fsspec
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, Field
@@ -16,6 +16,7 @@ from ray.serve import Application
 from vsearch import runtime
 from vsearch.config import UserError
 from vsearch.search import Engine
+from vsearch.storage import open_url
 
 WEB = Path(__file__).parent / "web"
 PIECE_BYTES = 1 << 20
@@ -57,28 +58,29 @@ class StatusOut(BaseModel):
 def _ranged(uri: str, header: str | None) -> Response:
     """A file from any fsspec URL, streamed; with a Range header (RFC 9110, one range) that part."""
     try:
-        fs, path = fsspec.url_to_fs(uri)
-        size = int(fs.size(path))
-    except OSError as error:
+        file = open_url(uri)
+        size = file.seek(0, os.SEEK_END)
+    except FileNotFoundError as error:
         raise HTTPException(404, "The video is no longer where it was ingested from.") from error
-    kind = MEDIA_TYPES.get(Path(path).suffix.lower(), "application/octet-stream")
+    kind = MEDIA_TYPES.get(Path(uri).suffix.lower(), "application/octet-stream")
     headers = {"Accept-Ranges": "bytes"}
     asked = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
     if not asked or asked.groups() == ("", ""):
         headers["Content-Length"] = str(size)
-        return StreamingResponse(_pieces(fs, path, 0, size), 200, headers, kind)
+        return StreamingResponse(_pieces(file, 0, size), 200, headers, kind)
     first, last = asked.groups()
     start = int(first) if first else max(0, size - int(last))
     stop = min(size, int(last) + 1) if first and last else size
     if start >= stop:
+        file.close()
         return Response(status_code=416, headers={"Content-Range": f"bytes */{size}"})
     headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     headers["Content-Length"] = str(stop - start)
-    return StreamingResponse(_pieces(fs, path, start, stop), 206, headers, kind)
+    return StreamingResponse(_pieces(file, start, stop), 206, headers, kind)
 
 
-def _pieces(fs: Any, path: str, start: int, stop: int) -> Iterator[bytes]:
-    with fs.open(path, "rb", block_size=PIECE_BYTES) as file:
+def _pieces(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    with file:
         file.seek(start)
         left = stop - start
         while left > 0 and (data := file.read(min(PIECE_BYTES, left))):

@@ -58,8 +58,14 @@ def train(
     corpus = Corpus(corpus_url)
     files = _files_of_spans(corpus)
     if not files:
+        if corpus.config.pairs < 1 and corpus.spans():
+            raise UserError(
+                f"None of the few spans of the corpus at {corpus_url} fell into the sample of pairs: "
+                f"ingest more videos, or make a corpus with a larger --pairs."
+            )
         raise UserError(f"The corpus at {corpus_url} holds no frames yet: ingest videos first.")
-    text = json.dumps([sorted(span for spans in files.values() for span in spans), asdict(config)])
+    stored = sorted((s, r.attempts) for s, (_, r) in corpus.spans().items() if r.frames and r.pairs)
+    text = json.dumps([stored, asdict(config)])
     trained_on = hashlib.sha256(text.encode()).hexdigest()[:16]
     newest = newest_projector(corpus)
     if newest and newest[1]["trained_on"] == trained_on:
@@ -122,7 +128,7 @@ def _files_of_spans(corpus: Corpus) -> dict[str, list[str]]:
     """Frames file → ids of the spans that count in it."""
     files: dict[str, list[str]] = {}
     for span, (name, record) in corpus.spans().items():
-        if record.frames:
+        if record.frames and record.pairs:
             files.setdefault(name, []).append(span)
     return {name: sorted(files[name]) for name in sorted(files)}
 
@@ -147,7 +153,7 @@ def _load_pairs(
 
     corpus = Corpus(job["corpus"])
     names = list(job["files"])
-    records = [record for _, record in corpus.spans().values() if record.frames]
+    records = [r for _, r in corpus.spans().values() if r.frames and r.pairs]
     held_out = split_videos(sorted({record.video_id for record in records}), config.validation)
     share = min(1.0, config.max_pairs / sum(record.frames for record in records))
     by_file = len(names) >= 4 * world  # few files are dealt out by rows, so that all ranks get some
@@ -207,6 +213,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     state = _State(projector, optimizer)
     state.resume(ray.train.get_checkpoint(), device)
     began = saved = time.monotonic()
+    first_epoch = state.epoch
     while state.epoch < config.max_epochs and state.epoch - state.best_epoch <= config.patience:
         order = torch.randperm(
             len(pairs.x), generator=torch.Generator().manual_seed(state.epoch * 10_007 + rank)
@@ -246,6 +253,7 @@ def _train_loop(job: dict[str, Any]) -> None:
         projector.load_state_dict(state.best)
         summary = {
             "epochs": state.epoch,
+            "resumed_at_epoch": first_epoch,
             "train_pairs": int(count),
             "validation_pairs": len(pairs.x_val),
             "seconds": round(time.monotonic() - began, 1),

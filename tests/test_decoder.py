@@ -1,0 +1,382 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_video import ROWS, SHORT_PX, made, without_packets
+
+from vsearch.config import Sampling, UserError
+from vsearch.decoder import Decoder, DecoderDiedError, Limits
+from vsearch.sampling import SpanRun
+from vsearch.schema import fingerprint
+from vsearch.storage import filesystem, mark_of
+from vsearch.video import DecodedSpan, VideoError, VideoInfo, decode, probe
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
+
+WHOLE = SpanRun(0, None)
+ONE_SECOND = Sampling(span_s=1)
+
+
+def listed(path: Path) -> tuple[int, str]:
+    """Size and mark of a file, as a listing gives them."""
+    fs, name = filesystem(str(path))
+    info = fs.info(name)
+    return info["size"], mark_of(info)
+
+
+def spans_of(
+    decoder: Decoder, path: Path, sampling: Sampling = ONE_SECOND, run: SpanRun = WHOLE
+) -> list[DecodedSpan]:
+    decoded = decoder.decode(str(path), listed(path), SHORT_PX, sampling, run)
+    return [span for span, _ in decoded]
+
+
+def probed(decoder: Decoder, path: Path) -> VideoInfo:
+    return decoder.probe(str(path), listed(path))
+
+
+def same(found: list[DecodedSpan], wanted: list[DecodedSpan]) -> bool:
+    plain = [(s.number, s.pts_s, s.picture, s.errors, s.gaps, s.ended) for s in found]
+    assert plain == [(s.number, s.pts_s, s.picture, s.errors, s.gaps, s.ended) for s in wanted]
+    return all(np.array_equal(a.pixels, b.pixels) for a, b in zip(found, wanted, strict=True))
+
+
+def child(decoder: Decoder) -> int:
+    assert decoder._child is not None
+    return decoder._child.pid
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def room_for(extra_bytes: int, clip: Path) -> Limits:
+    """Limits that let a decoder allocate so much more than it does for a small clip."""
+    decoder = Decoder()
+    clip.write_bytes(made())
+    spans_of(decoder, clip)
+    status = Path(f"/proc/{child(decoder)}/status").read_text(encoding="utf-8")
+    [used] = [int(line.split()[1]) << 10 for line in status.splitlines() if "VmData" in line]
+    decoder.close()
+    return Limits(memory_bytes=(used + extra_bytes) * 8 // 7)
+
+
+def within(seconds: float, happens: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if happens():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture
+def decoder() -> Iterator[Decoder]:
+    decoder = Decoder()
+    yield decoder
+    decoder.close()
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(made())
+    return path
+
+
+@pytest.fixture
+def truth(clip: Path) -> list[DecodedSpan]:
+    with clip.open("rb") as file:
+        return list(decode(file, probe(file), SHORT_PX, ONE_SECOND, threads=1))
+
+
+# ── the same as in this process ──────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: made("mp4", params="open-gop=1"),
+        lambda: made("matroska", "libx265"),
+        lambda: made("mpegts", output_ts_offset="95440"),
+        lambda: without_packets(made("mp4", fps=10), 40, 60),
+        lambda: made("h264"),
+    ],
+    ids=["mp4", "hevc in mkv", "wrapping ts", "damaged", "without times"],
+)
+def test_it_gives_what_decoding_in_this_process_gives(
+    decoder: Decoder, tmp_path: Path, make: Callable[[], bytes]
+) -> None:
+    data, path = make(), tmp_path / "v"
+    path.write_bytes(data)
+    file, found = BytesIO(data), list[str]()
+    info = probe(file)
+    assert decoder.probe(str(path), listed(path), found.append) == info
+    assert found == [fingerprint(file, len(data))]
+    for run in (WHOLE, SpanRun(2, 3)):
+        for sampling in (ONE_SECOND, Sampling(span_s=2, max_change=30)):
+            wanted = list(decode(file, info, SHORT_PX, sampling, run, threads=1))
+            assert same(spans_of(decoder, path, sampling, run), wanted)
+
+
+def test_real_files_come_out_as_in_this_process(decoder: Decoder, shared_videos: Path) -> None:
+    for row in ROWS:
+        if int(row["frames"] or 0) < 20:
+            path = shared_videos / row["file"]
+            with path.open("rb") as file:
+                try:
+                    info = probe(file)
+                    wanted = list(decode(file, info, SHORT_PX, threads=1))
+                except VideoError as error:
+                    with pytest.raises(VideoError) as raised:
+                        probed(decoder, path)
+                    assert str(raised.value) == str(error)
+                    continue
+            assert probed(decoder, path) == info
+            assert same(spans_of(decoder, path, Sampling()), wanted)
+
+
+def test_one_child_serves_many_requests(decoder: Decoder, clip: Path) -> None:
+    probed(decoder, clip)
+    first = child(decoder)
+    spans_of(decoder, clip)
+    with pytest.raises(VideoError):
+        probed(decoder, Path(__file__))
+    probed(decoder, clip)
+    assert child(decoder) == first
+
+
+def test_seconds_of_processor_time_are_told(decoder: Decoder, clip: Path) -> None:
+    began = time.monotonic()
+    run = decoder.decode(str(clip), listed(clip), SHORT_PX, ONE_SECOND, WHOLE)
+    seconds = [taken_s for _, taken_s in run]
+    assert all(taken_s > 0 for taken_s in seconds)
+    assert sum(seconds) < time.monotonic() - began
+
+
+# ── what goes wrong ──────────────────────────────────────────────────────────────────────────────
+
+
+def fails(decoder: Decoder, path: Path, before: Callable[[], None]) -> DecoderDiedError:
+    """The error of a decoding with something done to the child after its first span."""
+    spans = decoder.decode(str(path), listed(path), SHORT_PX, ONE_SECOND, WHOLE)
+    next(spans)
+    before()
+    with pytest.raises(DecoderDiedError) as died:
+        list(spans)
+    assert len(str(died.value).splitlines()) == 1
+    return died.value
+
+
+@pytest.mark.parametrize("signal_name", ["SIGSEGV", "SIGKILL"])
+def test_a_crash_is_named_and_costs_one_child(
+    decoder: Decoder, clip: Path, truth: list[DecodedSpan], signal_name: str
+) -> None:
+    number = getattr(signal, signal_name)
+    error = fails(decoder, clip, lambda: os.kill(child(decoder), number))
+    assert str(error) == f"the decoder crashed ({signal_name})"
+    assert same(spans_of(decoder, clip), truth)
+
+
+def test_a_crash_while_it_decodes_is_known_at_once(decoder: Decoder, tmp_path: Path) -> None:
+    path = tmp_path / "v.mp4"
+    path.write_bytes(made(frames=2500))
+    probed(decoder, path)
+    threading.Timer(0.1, os.kill, (child(decoder), signal.SIGSEGV)).start()
+    began = time.monotonic()
+    with pytest.raises(DecoderDiedError, match="SIGSEGV"):
+        while time.monotonic() < began + 20:
+            spans_of(decoder, path, Sampling(span_s=1000, span_frames=10**6))
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (Limits(stall_s=1), "the decoder hung: nothing came for 1 s"),
+        (Limits(span_s=1), "decoding took more than 1 s"),
+    ],
+    ids=["stall", "span"],
+)
+def test_a_hang_is_ended(
+    decoder: Decoder, clip: Path, truth: list[DecodedSpan], limits: Limits, reason: str
+) -> None:
+    def hang() -> None:
+        os.kill(child(decoder), signal.SIGSTOP)
+        decoder._limits = limits  # now: a busy machine may take its time to start a child
+
+    began = time.monotonic()
+    assert str(fails(decoder, clip, hang)) == reason
+    assert time.monotonic() - began < 20
+    decoder._limits = Limits()
+    assert same(spans_of(decoder, clip), truth)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_wanting_too_much_memory_is_no_silent_loss(
+    clip: Path, truth: list[DecodedSpan], codec: str
+) -> None:
+    large = clip.with_name("large.mp4")
+    still = np.zeros((2160, 3840, 3), np.uint8)
+    large.write_bytes(made("mp4", codec, frames=6, size=(3840, 2160), picture=lambda *_: still))
+    decoder = Decoder(room_for(16 << 20, clip))
+    with pytest.raises(DecoderDiedError) as died:
+        spans_of(decoder, large)
+    assert re.fullmatch(r"the decoder wanted more than 0\.\d+ GiB of memory", str(died.value))
+    assert same(spans_of(decoder, clip), truth)
+    decoder.close()
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "span_s"), [(60, (1920, 1080), 20), (1500, (64, 48), 1)], ids=["one", "many"]
+)
+def test_decoding_keeps_no_more_than_the_pictures_of_a_span(
+    clip: Path, frames: int, size: tuple[int, int], span_s: int
+) -> None:
+    still = np.zeros((size[1], size[0], 3), np.uint8)
+    clip.write_bytes(made("mp4", "mpeg4", frames=frames, size=size, picture=lambda *_: still))
+    decoder = Decoder(room_for(100 << 20, clip.with_name("small.mp4")))
+    sampling = Sampling(span_s=span_s)
+    spans = decoder.decode(str(clip), listed(clip), 224, sampling, WHOLE)
+    assert sum(len(span.pts_s) for span, _ in spans) == frames
+    decoder.close()
+
+
+def test_a_child_that_died_between_requests_is_replaced(
+    decoder: Decoder, clip: Path, truth: list[DecodedSpan]
+) -> None:
+    info = probed(decoder, clip)
+    os.kill(child(decoder), signal.SIGKILL)
+    decoder._child.wait()
+    assert probed(decoder, clip) == info
+    assert same(spans_of(decoder, clip), truth)
+
+
+def test_what_is_no_video_is_the_files_fault(decoder: Decoder, tmp_path: Path) -> None:
+    for content, reason in ((b"", "the file is empty"), (b"words " * 50, "not a readable video")):
+        path = tmp_path / "v.mp4"
+        path.write_bytes(content)
+        found: list[str] = []
+        with pytest.raises(VideoError, match=reason) as refused:
+            decoder.probe(str(path), listed(path), found.append)
+        assert not isinstance(refused.value, DecoderDiedError)
+        assert len(found) == 1
+
+
+def test_what_the_storage_raises_comes_back_as_such(decoder: Decoder, clip: Path) -> None:
+    before = listed(clip)
+    with pytest.raises(FileNotFoundError):
+        decoder.probe(str(clip.with_name("none.mp4")), before)
+    with clip.open("ab") as file:
+        file.write(b"more")
+    for ask in (
+        lambda: decoder.probe(str(clip), before),
+        lambda: list(decoder.decode(str(clip), before, SHORT_PX, ONE_SECOND, WHOLE)),
+    ):
+        with pytest.raises(OSError, match="has changed since it was listed"):
+            ask()
+    with pytest.raises(UserError, match="cannot be used"):
+        decoder.probe("nonsense://there/v.mp4", before)
+    assert probed(decoder, clip).codec == "h264"
+
+
+def test_waiting_for_the_storage_is_no_hang(clip: Path) -> None:
+    pipe = clip.with_name("slow.mp4")
+    os.mkfifo(pipe)
+    decoder = Decoder()
+    probed(decoder, clip)
+    decoder._limits = Limits(stall_s=2)
+
+    def write_late() -> None:
+        time.sleep(3.5)
+        with pipe.open("wb"):
+            pass
+
+    writer = threading.Thread(target=write_late)
+    writer.start()
+    with pytest.raises(OSError) as raised:  # in the end: one cannot seek in a pipe
+        probed(decoder, pipe)
+    assert not isinstance(raised.value, VideoError)
+    writer.join()
+    decoder.close()
+
+
+# ── no child is left ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_close_ends_the_child_and_a_later_request_starts_another(clip: Path) -> None:
+    decoder = Decoder()
+    decoder.close()
+    probed(decoder, clip)
+    pid = child(decoder)
+    decoder.close()
+    decoder.close()
+    assert not is_running(pid)
+    probed(decoder, clip)
+    pid = child(decoder)
+    os.kill(pid, signal.SIGSTOP)
+    decoder.close()
+    assert not is_running(pid)
+
+
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "kept"])
+def test_a_decoding_left_half_way_does_not_block_the_next(
+    decoder: Decoder, clip: Path, truth: list[DecodedSpan], closed: bool
+) -> None:
+    spans = decoder.decode(str(clip), listed(clip), SHORT_PX, ONE_SECOND, WHOLE)
+    next(spans)
+    abandoned = child(decoder)
+    if closed:
+        spans.close()
+    began = time.monotonic()
+    assert probed(decoder, clip).codec == "h264"
+    assert same(spans_of(decoder, clip), truth)
+    assert time.monotonic() - began < 10
+    assert not is_running(abandoned)
+    if not closed:
+        with pytest.raises(RuntimeError, match="another request"):
+            next(spans)
+    assert same(spans_of(decoder, clip), truth)
+
+
+def test_the_child_ends_with_its_parent(clip: Path) -> None:
+    size, mark = listed(clip)
+    program = (
+        "import sys, time; from vsearch.decoder import *; from vsearch.config import Sampling\n"
+        f"decoder = Decoder(); spans = decoder.decode({str(clip)!r}, ({size}, {mark!r}), 32,"
+        " Sampling(span_s=1), SpanRun(0, None)); next(spans)\n"
+        "print(decoder._child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert is_running(pid)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert within(5, lambda: not is_running(pid))
+
+
+def test_nothing_is_left_open(clip: Path) -> None:
+    handles = Path("/proc/self/fd")
+    before = len(list(handles.iterdir()))
+    for _ in range(3):
+        decoder = Decoder()
+        spans = decoder.decode(str(clip), listed(clip), SHORT_PX, ONE_SECOND, WHOLE)
+        next(spans)
+        spans.close()
+        decoder.close()
+    assert len(list(handles.iterdir())) == before

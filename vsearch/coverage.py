@@ -1,0 +1,218 @@
+"""What of a video is embedded, and what is not and why: so that 'not found' can be told from 'not
+indexed'. Pure arithmetic on the rows of `videos` and the records of spans.
+"""
+
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any
+
+from vsearch.schema import DecodeError, SpanRecord
+
+
+@dataclass(frozen=True)
+class VideoState:
+    """One video and what is embedded of it.
+
+    `status` is indexed, partial, failed or pending; `reason` says why it is not indexed in full.
+    Times are seconds as a player shows them. `expected_s` is how much there should be, `indexed_s`
+    how much there is, `gaps` what lies between; `expected_s` is None as long as nothing tells it.
+    `errors` are those of decoding. `quarantined` videos killed their decoder in each of `attempts`
+    attempts. `copies` are further URIs of the same content.
+    """
+
+    uri: str
+    video_id: str
+    status: str
+    reason: str | None
+    frames: int
+    duration_s: float | None
+    zero_s: float
+    recorded_at: datetime
+    recorded_at_source: str
+    ingested_at: datetime
+    copies: list[str] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
+    expected_s: float | None = None
+    indexed_s: float = 0.0
+    gaps: list[tuple[float, float]] = field(default_factory=list)
+    errors: list[DecodeError] = field(default_factory=list)
+    attempts: int = 1
+    quarantined: bool = False
+    embedded: int = 0
+    decode_s: float = 0.0
+    encode_s: float = 0.0
+
+
+CLOCKS = ("container", "name", "mtime", "ingest")
+"""Where a recording time may come from, the most trusted first."""
+
+
+def video_state(
+    rows: list[dict[str, Any]], spans: list[SpanRecord], fps: float | None
+) -> VideoState:
+    """The state of one content, from the rows of all its places, also those that are gone (one at
+    least is not), and its stored spans. `fps` is the sampling's.
+    """
+    # A copy found later, or a move, does not make a recording younger.
+    clock = min(rows, key=lambda r: (CLOCKS.index(r["recorded_at_source"]), r["recorded_at"]))
+    rows = [row for row in rows if row["status"] != "gone"]
+    # A copy that cannot be read does not hide one that can.
+    row = max(rows, key=lambda r: (r["status"] == "ok", r["ingested_at"], r["uri"]))
+    spans = sorted(spans, key=lambda span: span.span)
+    frames = sum(span.frames for span in spans)
+    errors = [error for span in spans for error in span.errors]
+    whole = _is_whole(spans)
+    extent = _extent(row, spans)
+    gaps = _gaps(row, spans, extent, fps) if extent else []
+    status, reason = "indexed", None
+    if row["status"] != "ok":
+        status, reason = "failed", row["reason"]
+    elif not whole:
+        status, reason = "pending", f"{len(spans)} of about {row['expected_spans']} spans embedded"
+    elif frames == 0:
+        status, reason = "failed", errors[0].reason if errors else "no frame can be decoded"
+    elif errors:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        status = "partial"
+        reason = f"{errors[0].reason} at {errors[0].at_s - row['zero_s']:.3f} s{more}"
+    elif lacking_s := _lacking_s(row, spans, fps):
+        status = "partial"
+        reason = f"the pictures end {lacking_s:.1f} s before the {row['duration_s']:.1f} s claimed"
+    zero_s = row["zero_s"] or 0.0
+    expected_s = extent[1] - extent[0] if extent else None
+    return VideoState(
+        uri=row["uri"],
+        video_id=row["video_id"],
+        status=status,
+        reason=reason,
+        frames=frames,
+        duration_s=row["duration_s"],
+        zero_s=zero_s,
+        recorded_at=clock["recorded_at"],
+        recorded_at_source=clock["recorded_at_source"],
+        ingested_at=row["ingested_at"],
+        copies=sorted(r["uri"] for r in rows if r is not row),
+        tags={name: value for r in rows for name, value in r["tags"].items()} | row["tags"],
+        expected_s=expected_s,
+        indexed_s=max(0.0, expected_s - sum(b - a for a, b in gaps)) if expected_s else 0.0,
+        gaps=[(a - zero_s, b - zero_s) for a, b in gaps],
+        errors=[DecodeError(e.at_s - zero_s, e.reason) for e in errors],
+        attempts=max([row["attempts"], *(span.attempts for span in spans)]),
+        quarantined=any(span.quarantined for span in spans) or row["quarantined"],
+        embedded=sum(span.embedded for span in spans),
+        decode_s=sum(span.decode_s for span in spans),
+        encode_s=sum(span.encode_s for span in spans),
+    )
+
+
+def _is_whole(spans: list[SpanRecord]) -> bool:
+    return any(span.ended for span in spans) and len(spans) > max(
+        (span.span for span in spans if span.ended), default=0
+    )
+
+
+def _last_pts_s(spans: list[SpanRecord]) -> float | None:
+    return max((s.last_pts_s for s in spans if s.last_pts_s is not None), default=None)
+
+
+def _extent(row: dict[str, Any], spans: list[SpanRecord]) -> tuple[float, float] | None:
+    """(from, to) of the video in stream time: what its header claims, else what was found. A header
+    that claims less than there is gives way.
+    """
+    start_s, last_s = row["start_s"], _last_pts_s(spans)
+    if start_s is None:
+        return None
+    ends = [last_s + 1 / (row["fps"] or 25.0)] if last_s is not None else []
+    if row["duration_s"] is not None:
+        ends.append(start_s + row["duration_s"])
+    return (start_s, max(start_s, *ends)) if ends else None
+
+
+def _lacking_s(row: dict[str, Any], spans: list[SpanRecord], fps: float | None) -> float:
+    """How much sooner the pictures end than the header claims; 0 for what rounding, or the sound
+    behind the last picture, explains.
+    """
+    last_s = _last_pts_s(spans)
+    if not row["duration_s"] or last_s is None:
+        return 0.0
+    lacking_s: float = row["start_s"] + row["duration_s"] - last_s
+    allowed_s = max(2.0, 0.05 * row["duration_s"]) + (1 / fps if fps else 0)
+    return lacking_s if lacking_s > allowed_s else 0.0
+
+
+def _gaps(
+    row: dict[str, Any],
+    spans: list[SpanRecord],
+    extent: tuple[float, float],
+    fps: float | None,
+) -> list[tuple[float, float]]:
+    """The stretches of `extent` without frames: spans that lack or are quarantined, what was lost to
+    errors, and a tail that never came. Overlaps are merged.
+    """
+    start_s, end_s = extent
+    origin_s = start_s // row["span_s"] * row["span_s"]
+    ended = [span.span for span in spans if span.ended]
+    there = {span.span for span in spans if not span.quarantined}
+    known = max([row["expected_spans"] - 1, *(span.span for span in spans)])
+    last = max(ended) if _is_whole(spans) else known
+    found = [
+        (origin_s + k * row["span_s"], origin_s + (k + 1) * row["span_s"])
+        for k in range(last + 1)
+        if k not in there
+    ]
+    found += [gap for span in spans for gap in span.gaps]
+    if not ended:  # a header may claim more than the spans that are expected
+        found.append((origin_s + (last + 1) * row["span_s"], end_s))
+    last_s = _last_pts_s(spans)
+    if last_s is None:
+        found = [extent]
+    elif ended and (_lacking_s(row, spans, fps) or any(s.quarantined and s.ended for s in spans)):
+        found.append((last_s, end_s))
+    merged: list[tuple[float, float]] = []
+    for a, b in sorted(found):
+        a, b = max(a, start_s), min(b, end_s)
+        if b <= a:
+            continue
+        if merged and a <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
+        else:
+            merged.append((a, b))
+    return merged
+
+
+def as_dict(states: list[VideoState], indexed: dict[str, Any] | None) -> dict[str, Any]:
+    """The coverage of a corpus for machines. `indexed` is what `Corpus.indexed` tells of the current
+    snapshot.
+    """
+    by_status = {
+        name: [state for state in states if state.status == name]
+        for name in ("indexed", "partial", "failed", "pending")
+    }
+    in_index = indexed["videos"] if indexed else frozenset()
+    return {
+        "videos": {
+            "total": len(states),
+            **{name: len(found) for name, found in by_status.items()},
+            "quarantined": sum(state.quarantined for state in states),
+        },
+        "frames": sum(state.frames for state in states),
+        "embedded": sum(state.embedded for state in states),
+        "expected_s": sum(state.expected_s or 0.0 for state in states),
+        "indexed_s": sum(state.indexed_s for state in states),
+        "decode_s": sum(state.decode_s for state in states),
+        "encode_s": sum(state.encode_s for state in states),
+        **{
+            name: [{"video": state.uri, "reason": state.reason} for state in by_status[name]]
+            for name in ("failed", "partial", "pending")
+        },
+        "index": indexed and {**indexed, "videos": len(in_index)},
+        "per_video": [
+            {
+                **asdict(state),
+                "recorded_at": state.recorded_at.isoformat(),
+                "ingested_at": state.ingested_at.isoformat(),
+                "in_index": state.video_id in in_index,
+            }
+            for state in states
+        ],
+    }
