@@ -97,6 +97,12 @@ def clip(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def large_h264() -> bytes:
+    still = np.zeros((2160, 3840, 3), np.uint8)
+    return made(params="ref=4", frames=8, size=(3840, 2160), picture=lambda *_: still)
+
+
 @pytest.fixture
 def truth(clip: Path) -> list[DecodedSpan]:
     with clip.open("rb") as file:
@@ -218,21 +224,22 @@ def test_a_hang_is_ended(
         os.kill(child(decoder), signal.SIGSTOP)
         decoder._limits = limits  # now: a busy machine may take its time to start a child
 
-    began = time.monotonic()
+    probed(decoder, clip)
+    hung, began = child(decoder), time.monotonic()
     assert str(fails(decoder, clip, hang)) == reason
     assert time.monotonic() - began < 20
+    assert not is_running(hung)
     decoder._limits = Limits()
     assert same(spans_of(decoder, clip), truth)
 
 
-@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("mebibytes", [12, 24, 36])
 def test_wanting_too_much_memory_is_no_silent_loss(
-    clip: Path, truth: list[DecodedSpan], codec: str
+    clip: Path, truth: list[DecodedSpan], large_h264: bytes, mebibytes: int
 ) -> None:
     large = clip.with_name("large.mp4")
-    still = np.zeros((2160, 3840, 3), np.uint8)
-    large.write_bytes(made("mp4", codec, frames=6, size=(3840, 2160), picture=lambda *_: still))
-    decoder = Decoder(room_for(16 << 20, clip))
+    large.write_bytes(large_h264)
+    decoder = Decoder(room_for(mebibytes << 20, clip))
     with pytest.raises(DecoderDiedError) as died:
         spans_of(decoder, large)
     assert re.fullmatch(r"the decoder wanted more than 0\.\d+ GiB of memory", str(died.value))
@@ -241,14 +248,16 @@ def test_wanting_too_much_memory_is_no_silent_loss(
 
 
 @pytest.mark.parametrize(
-    ("frames", "size", "span_s"), [(60, (1920, 1080), 20), (1500, (64, 48), 1)], ids=["one", "many"]
+    ("frames", "size", "span_s", "mebibytes"),
+    [(60, (1920, 1080), 20, 100), (900, (64, 48), 1, 30)],
+    ids=["large ones", "many"],
 )
 def test_decoding_keeps_no_more_than_the_pictures_of_a_span(
-    clip: Path, frames: int, size: tuple[int, int], span_s: int
+    clip: Path, frames: int, size: tuple[int, int], span_s: int, mebibytes: int
 ) -> None:
     still = np.zeros((size[1], size[0], 3), np.uint8)
     clip.write_bytes(made("mp4", "mpeg4", frames=frames, size=size, picture=lambda *_: still))
-    decoder = Decoder(room_for(100 << 20, clip.with_name("small.mp4")))
+    decoder = Decoder(room_for(mebibytes << 20, clip.with_name("small.mp4")))
     sampling = Sampling(span_s=span_s)
     spans = decoder.decode(str(clip), listed(clip), 224, sampling, WHOLE)
     assert sum(len(span.pts_s) for span, _ in spans) == frames
@@ -293,10 +302,9 @@ def test_what_the_storage_raises_comes_back_as_such(decoder: Decoder, clip: Path
     assert probed(decoder, clip).codec == "h264"
 
 
-def test_waiting_for_the_storage_is_no_hang(clip: Path) -> None:
+def test_waiting_for_the_storage_is_no_hang(decoder: Decoder, clip: Path) -> None:
     pipe = clip.with_name("slow.mp4")
     os.mkfifo(pipe)
-    decoder = Decoder()
     probed(decoder, clip)
     decoder._limits = Limits(stall_s=2)
 
@@ -305,13 +313,10 @@ def test_waiting_for_the_storage_is_no_hang(clip: Path) -> None:
         with pipe.open("wb"):
             pass
 
-    writer = threading.Thread(target=write_late)
-    writer.start()
+    threading.Thread(target=write_late, daemon=True).start()
     with pytest.raises(OSError) as raised:  # in the end: one cannot seek in a pipe
         probed(decoder, pipe)
     assert not isinstance(raised.value, VideoError)
-    writer.join()
-    decoder.close()
 
 
 # ── no child is left ─────────────────────────────────────────────────────────────────────────────
@@ -352,17 +357,23 @@ def test_a_decoding_left_half_way_does_not_block_the_next(
     assert same(spans_of(decoder, clip), truth)
 
 
-def test_the_child_ends_with_its_parent(clip: Path) -> None:
-    size, mark = listed(clip)
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_the_child_ends_with_its_parent(clip: Path, busy: bool) -> None:
+    pipe = clip.with_name("never.mp4")
+    os.mkfifo(pipe)
+    asked = [str(clip), *([str(pipe)] if busy else [])]
     program = (
-        "import sys, time; from vsearch.decoder import *; from vsearch.config import Sampling\n"
-        f"decoder = Decoder(); spans = decoder.decode({str(clip)!r}, ({size}, {mark!r}), 32,"
-        " Sampling(span_s=1), SpanRun(0, None)); next(spans)\n"
-        "print(decoder._child.pid, flush=True); time.sleep(60)"
+        "import sys, time; from vsearch.decoder import Decoder\n"
+        "decoder = Decoder()\n"
+        f"for path, expected in {[(path, listed(Path(path))) for path in asked]}:\n"
+        "    decoder.probe(path, expected)\n"
+        "    print(decoder._child.pid, flush=True)\n"
+        "time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
+    time.sleep(0.3)
     assert is_running(pid)
     parent.kill()
     parent.wait()

@@ -532,3 +532,22 @@ def test_a_time_written_with_a_pattern_is_read_back(
     assert name_clock(pattern)(f"/a/{before}{time.strftime(pattern)}{after}") == utc
     zoned = f"{pattern} %z"
     assert name_clock(zoned)(f"/a/{before}{time.strftime(zoned)}{after}") == time
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.mp4").write_bytes(b"x")
+    (tmp_path / "b").mkdir()
+    scandir = os.scandir
+
+    def guarded(path: Any = ".") -> Any:
+        if str(path).rstrip("/").endswith("/b"):  # root may read any folder
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert [Path(v.uri).name for v in list_videos([str(tmp_path)])] == ["x.mp4"]
+    with pytest.raises(UserError, match="Permission denied"):
+        list_videos([str(tmp_path)], complete=True)

@@ -360,16 +360,29 @@ def test_made_clips_give_every_span_alone_as_in_the_whole(name: str, is_long: bo
         assert (alone.errors, alone.gaps) == ([], [])
 
 
+def steps_of(data: bytes, sampling: Sampling, run: SpanRun) -> int:
+    """How many packets and frames a decoding takes."""
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+
+    list(decode(BytesIO(data), probe(BytesIO(data)), SHORT_PX, sampling, run, 1, count))
+    return steps
+
+
 @pytest.mark.parametrize("name", ["h264, open groups, mp4", "hevc, open groups, mkv", "vp9"])
 def test_a_late_span_costs_no_decoding_from_the_start(name: str) -> None:
-    file, steps = BytesIO(MADE[name](frames=400, fps=5)), [0, 0]
-    for i, run in enumerate((SpanRun(0, None), SpanRun(9, None))):
+    data, sampling = MADE[name](frames=400, fps=5), Sampling(span_s=8)
+    whole = steps_of(data, sampling, SpanRun(0, None))
+    assert steps_of(data, sampling, SpanRun(9, None)) < whole / 3
 
-        def count(i: int = i) -> None:
-            steps[i] += 1
 
-        list(decode(file, probe(file), SHORT_PX, Sampling(span_s=8), run, 1, count))
-    assert steps[1] < steps[0] / 3
+def test_a_seek_that_leads_to_no_picture_is_given_up_soon() -> None:
+    data = all_sync(made(params="keyint=9999", frames=1000))
+    whole = steps_of(data, ONE_SECOND, SpanRun(0, None))
+    assert whole < steps_of(data, ONE_SECOND, SpanRun(5, None)) < whole + 250
 
 
 @pytest.mark.parametrize("offset_s", [95440, 95443.717])

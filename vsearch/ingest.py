@@ -119,7 +119,7 @@ def ingest(
     """
     sampling = Sampling(fps=fps, max_change=max_change)
     time_of = name_clock(time_pattern)
-    listed = list_videos(sources)
+    listed = list_videos(sources, complete=sync)  # what cannot be seen is not gone
     corpus = Corpus(corpus_url)
     runtime.connect()
     with runtime.user_errors():

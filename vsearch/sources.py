@@ -53,14 +53,15 @@ class Changes:
     unchanged: int
 
 
-def list_videos(sources: list[str]) -> list[Listed]:
+def list_videos(sources: list[str], complete: bool = False) -> list[Listed]:
     """The files at `sources`, sorted by URI, each once: folders (files with a video's suffix), globs,
     files, and lists (CSV, JSONL, Parquet) with a column `uri`, whose other columns become tags.
-    Raises `UserError` for a source that is not there, cannot be read or holds nothing.
+    Raises `UserError` for a source that is not there, cannot be read or holds nothing. A folder in a
+    folder that cannot be read is passed over, unless the listing must be `complete`.
     """
     found: dict[str, Listed] = {}
     for source in sources:
-        entries = _listed(source)
+        entries = _listed(source, complete)
         if not entries:
             raise UserError(f"No videos found at {source}.")
         for entry in entries:
@@ -70,7 +71,7 @@ def list_videos(sources: list[str]) -> list[Listed]:
     return [found[uri] for uri in sorted(found)]
 
 
-def _listed(source: str) -> list[Listed]:
+def _listed(source: str, complete: bool) -> list[Listed]:
     fs, path = filesystem(source)
     if source.lower().endswith(tuple(LIST_READERS)):
         return _from_list(source)
@@ -79,6 +80,8 @@ def _listed(source: str) -> list[Listed]:
         if any(c in path for c in "*?[") and not persist(partial(fs.exists, path)):
             entries = persist(partial(fs.glob, path, detail=True)).values()
         elif persist(partial(fs.isdir, path)):
+            if complete and is_local(fs):
+                _require_readable(path)
             everything = persist(partial(fs.find, path, detail=True)).values()
             entries = [e for e in everything if e["name"].lower().endswith(VIDEO_SUFFIXES)]
         else:
@@ -94,6 +97,16 @@ def _listed(source: str) -> list[Listed]:
             lambda e: e if e.get("size") else persist(partial(fs.info, e["name"])), files
         )
         return [_entry(fs, e, home) for e in whole]
+
+
+def _require_readable(path: str) -> None:
+    """Raises what any folder below a local path raises: fsspec passes over those."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for _ in os.walk(path, onerror=refuse):
+        pass
 
 
 # Not read with Arrow, which would make numbers and dates of a tag's text ("007").
