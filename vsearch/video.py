@@ -21,7 +21,7 @@ import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -529,17 +529,15 @@ def to_rgb(
     frame: VideoFrame,
     short_side_px: int,
     sample_aspect: Fraction | None = None,
-    scaler: VideoReformatter | None = None,
 ) -> NDArray[np.uint8]:
     """A frame as uint8 (height, width, 3) RGB: square pixels, upright, shorter side as asked.
-    `sample_aspect` is the width of a stored pixel over its height. A `scaler` kept from frame to
-    frame saves its tables.
+    `sample_aspect` is the width of a stored pixel over its height.
     """
     width = frame.width * float(sample_aspect or 1)
     scale = short_side_px / min(width, frame.height)
     longest = MAX_ASPECT * short_side_px
     size = [min(longest, max(1, round(side * scale))) for side in (width, frame.height)]
-    return _upright(_scaled(frame, size[0], size[1], scaler))
+    return _upright(_scaled(frame, size[0], size[1]))
 
 
 def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
@@ -564,14 +562,9 @@ def _fit(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint
     return np.asarray(_scaled(frame, width, height).to_ndarray(), np.uint8)
 
 
-def _scaled(
-    frame: VideoFrame, width: int, height: int, scaler: VideoReformatter | None = None
-) -> VideoFrame:
-    scaler = scaler or VideoReformatter()
-    # One thread: its own would be as many as the machine has cores, for each frame.
-    return scaler.reformat(
-        frame, width, height, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
-    )
+def _scaled(frame: VideoFrame, width: int, height: int) -> VideoFrame:
+    # One thread: FFmpeg's choice would be as many as the machine has cores, for each frame anew.
+    return frame.reformat(width, height, "rgb24", interpolation=Interpolation.BICUBIC, threads=1)
 
 
 def _open(file: BinaryIO) -> InputContainer:
