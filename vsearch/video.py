@@ -545,7 +545,7 @@ def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
     libavutil/display.h). Only right angles are followed, as players do."""
     picture = np.asarray(frame.to_ndarray(), np.uint8)
     # A frame that was asked for its side data stays until the next garbage collection: ask a tiny one.
-    tiny = VideoReformatter().reformat(frame, 8, 8, interpolation=Interpolation.POINT, threads=1)
+    tiny = frame.reformat(8, 8, interpolation=Interpolation.POINT, threads=1)
     matrix: Any = tiny.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return picture
