@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
+import pytest
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTImageProcessor, DINOv3ViTModel
 
@@ -16,6 +17,8 @@ from vsearch.encoders import Encoders
 from vsearch.ingest import ingest
 from vsearch.train import train
 from vsearch.video import decode, probe
+
+pytestmark = pytest.mark.long
 
 
 def save_random_models(folder: Path) -> EncoderNames:

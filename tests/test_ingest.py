@@ -170,6 +170,7 @@ def test_a_list_brings_tags_and_the_name_brings_the_time(tmp_path: Path) -> None
 # ── what is embedded ─────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_still_stretches_and_a_sample_of_pairs_save_the_encoders_work(tmp_path: Path) -> None:
     folder, url = tmp_path / "videos", str(tmp_path / "corpus")
     for number in range(12):
@@ -230,6 +231,7 @@ class Killer(threading.Thread):
         self.join()
 
 
+@pytest.mark.long
 def test_what_crashes_its_decoder_is_quarantined_and_can_be_tried_again(tmp_path: Path) -> None:
     folder, url = tmp_path / "videos", str(tmp_path / "corpus")
     make_video(folder / "a.mp4", 0, seconds=70, fps=5)

@@ -202,6 +202,7 @@ def test_a_damaged_snapshot_is_named_and_refused(built, tmp_path):
         path.write_bytes(good)
 
 
+@pytest.mark.long
 def test_real_clips_agree_with_the_manifest(shared_videos, tmp_path):
     ingest(str(tmp_path), [str(shared_videos)], PRESETS["demo"])
     states = {Path(state.uri).name: state for state in Corpus(str(tmp_path)).states()}
