@@ -373,8 +373,9 @@ def _embed_missing(
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=actors),
-            # Decoding must always have a core left, and a small machine must hold one actor.
-            num_cpus=1 if cpus > actors else 0,
+            # No core is set aside for an actor: on what is left when a node goes away, the actors
+            # could take them all and wait for a decoding that never gets one.
+            num_cpus=0,
             num_gpus=1 if gpus else 0,
             memory=min(EMBEDDER_MEMORY_BYTES, memory // 2),
         )
@@ -386,8 +387,7 @@ def _embed_missing(
             num_cpus=0,
         )
     )
-    decoders = max(1, cpus - (actors if cpus > actors else 0))
-    progress = replace(progress, decoders=decoders, encoders=actors)
+    progress = replace(progress, decoders=cpus, encoders=actors)
     for batch in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
         unread += batch["problem"].drop_null().to_pylist()
         batch = batch.filter(pc.is_null(batch["problem"]))
