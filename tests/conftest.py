@@ -1,6 +1,8 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
@@ -14,3 +16,29 @@ def shared_videos() -> Path:
         reason = f"the real test videos are not at {SHARED_VIDEOS}"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     return SHARED_VIDEOS
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 server that speaks the real protocol over HTTP."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def s3(s3_server: str) -> Iterator[None]:
+    """s3:// URLs lead to the server: the environment names it."""
+    s3_class = fsspec.get_filesystem_class("s3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", s3_server)
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3_class.clear_instance_cache()
+        yield
+        s3_class.clear_instance_cache()

@@ -3,7 +3,7 @@ import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -29,32 +29,13 @@ CONFIG = CorpusConfig(
 NOW = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
 
 
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    """The address of an S3 server that speaks the real protocol over HTTP; the environment names it."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        yield f"http://{host}:{port}"
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
-
-
 @pytest.fixture(params=["disk", "s3"])
 def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> Corpus:
     """An empty corpus with its configuration, on disk and on S3."""
     if request.param == "disk":
         url = str(tmp_path / "corpus")
     else:
-        request.getfixturevalue("s3_server")
+        request.getfixturevalue("s3")
         bucket = f"b{os.urandom(6).hex()}"
         fsspec.filesystem("s3").mkdir(bucket)
         url = f"s3://{bucket}/archive/corpus"

@@ -249,54 +249,46 @@ def run_cli(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.long
-def test_the_whole_path_on_object_storage_that_fails_now_and_then(built, world, tmp_path):
+def test_the_whole_path_on_object_storage_that_fails_now_and_then(
+    built, world, tmp_path, s3_server
+):
     """Videos and corpus in a bucket, on an S3 server over HTTP; one request in twenty is spoiled."""
     import s3fs
     from faulty_s3 import faulty_s3
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    direct = f"http://{host}:{port}"
-    bucket = s3fs.S3FileSystem(key="key", secret="very-secret", endpoint_url=direct)
+    bucket = s3fs.S3FileSystem(key="key", secret="very-secret", endpoint_url=s3_server)
     bucket.mkdir("archive")
     videos = sorted(world.glob("*.mp4"))
     for video in videos:
         bucket.put_file(str(video), f"archive/videos/{video.name}")
     corpus = ("--corpus", "s3://archive/corpus")
-    try:
-        with faulty_s3(direct, share=0.05) as proxy:
-            environment = {
-                "AWS_ENDPOINT_URL": proxy.address,
-                "AWS_ACCESS_KEY_ID": "key",
-                "AWS_SECRET_ACCESS_KEY": "very-secret",
-                "AWS_DEFAULT_REGION": "us-east-1",
-                "HOME": str(tmp_path),
-            }
-            build = ("build", "s3://archive/videos", *corpus, "--models", "demo")
-            done = run_cli(*build, **environment)
-            assert done.returncode == 0, done.stderr
-            said = run_cli("status", *corpus, "--json", **environment)
-            answer = json.loads(
-                run_cli("search", "a tree", *corpus, "--json", **environment).stdout
-            )
-            assert sum(proxy.injected.values()) > 0
-        status = json.loads(said.stdout)
-        assert status["videos"]["indexed"] == len(videos)
-        assert answer["segments"][0]["video"].startswith("s3://archive/videos/")
-        found = []
-        for name in bucket.glob("archive/corpus/frames/*.parquet"):
-            with bucket.open(name) as file:
-                table = pq.read_table(file, columns=["video_id", "pts_s"])
-            found += zip(table["video_id"].to_pylist(), table["pts_s"].to_pylist(), strict=True)
-        assert len(found) == len(set(found))
-        assert set(found) == stored_frames(built)
-        for name in bucket.find("archive/corpus"):
-            assert b"very-secret" not in bucket.cat_file(name)
-        assert "very-secret" not in done.stdout + done.stderr + said.stdout + said.stderr
-    finally:
-        server.stop()
+    with faulty_s3(s3_server, share=0.05) as proxy:
+        environment = {
+            "AWS_ENDPOINT_URL": proxy.address,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "very-secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "HOME": str(tmp_path),
+        }
+        build = ("build", "s3://archive/videos", *corpus, "--models", "demo")
+        done = run_cli(*build, **environment)
+        assert done.returncode == 0, done.stderr
+        said = run_cli("status", *corpus, "--json", **environment)
+        answer = json.loads(run_cli("search", "a tree", *corpus, "--json", **environment).stdout)
+        assert sum(proxy.injected.values()) > 0
+    status = json.loads(said.stdout)
+    assert status["videos"]["indexed"] == len(videos)
+    assert answer["segments"][0]["video"].startswith("s3://archive/videos/")
+    found = []
+    for name in bucket.glob("archive/corpus/frames/*.parquet"):
+        with bucket.open(name) as file:
+            table = pq.read_table(file, columns=["video_id", "pts_s"])
+        found += zip(table["video_id"].to_pylist(), table["pts_s"].to_pylist(), strict=True)
+    assert len(found) == len(set(found))
+    assert set(found) == stored_frames(built)
+    for name in bucket.find("archive/corpus"):
+        assert b"very-secret" not in bucket.cat_file(name)
+    assert "very-secret" not in done.stdout + done.stderr + said.stdout + said.stderr
 
 
 def test_cli_json_contracts(built, world):

@@ -1,7 +1,6 @@
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -17,25 +16,6 @@ from test_corpus import NOW, video_row
 
 from vsearch.config import UserError
 from vsearch.sources import Changes, Listed, compare, list_videos, name_clock
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    """The address of an S3 server that speaks the real protocol over HTTP; the environment names it."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        yield f"http://{host}:{port}"
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
 
 
 @dataclass
@@ -62,7 +42,7 @@ class Place:
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "disk":
         return Place(str(tmp_path / "place"), fsspec.filesystem("file"))
-    request.getfixturevalue("s3_server")
+    request.getfixturevalue("s3")
     fs = fsspec.filesystem("s3", use_listings_cache=False)
     bucket = f"b{os.urandom(6).hex()}"
     fs.mkdir(bucket)

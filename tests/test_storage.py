@@ -47,17 +47,6 @@ MIB = 1 << 20
 SIGNED = "AWS4-HMAC-SHA256 Credential=testing/20240506/us-east-1/s3/aws4_request, Signature=none"
 
 
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
 def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultyS3]:
     """A proxy without faults, at which s3:// URLs lead. The client below does not repeat requests of
