@@ -12,14 +12,14 @@ import vsearch
 PACKAGE = Path(vsearch.__file__).parent
 WITHOUT_RAY = [
     "schema", "config", "corpus", "video", "sampling", "encoders", "projector", "moments", "index",
-    "search", "evaluate", "storage", "sources", "decoder", "coverage",
+    "search", "evaluate", "storage", "sources", "decoder", "coverage", "show",
 ]  # fmt: skip
 STAGES = {"ingest", "train", "build_index", "serve"}
 ORDER = [
     "config", "schema", "sampling", "storage", "sources", "video", "decoder", "coverage", "corpus",
     "encoders", "projector", "moments", "index", "search", "evaluate", "runtime",
 ]  # fmt: skip
-FLOORS = [*({name} for name in ORDER), STAGES, {"demo"}, {"cli"}]
+FLOORS = [*({name} for name in ORDER), STAGES, {"demo"}, {"show"}, {"cli"}]
 ABOVE = {
     name: set().union(*FLOORS[:height]) for height, floor in enumerate(FLOORS) for name in floor
 }

@@ -1,27 +1,30 @@
 """The `vsearch` command."""
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.table import Table
 
 from vsearch.config import TrainConfig, UserError, encoder_names
+from vsearch.show import (
+    STATUS_ROWS,
+    IngestView,
+    console,
+    coverage_line,
+    emit,
+    figures_table,
+    index_line,
+    print_dry_run,
+    print_videos,
+    progress_bar,
+    results_table,
+)
 
 app = typer.Typer(
     help="Type a sentence, get the moments in your video archive.",
@@ -29,7 +32,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-console = Console(stderr=True)
 
 CorpusOption = Annotated[
     str,
@@ -163,11 +165,13 @@ def ingest(
 
     [bold]vsearch ingest /cameras --max-change 2 --time-pattern %Y%m%d_%H%M%S --dry-run[/]
     """
+    from vsearch.corpus import Corpus
+    from vsearch.coverage import as_dict
     from vsearch.ingest import ingest as run
 
     names = encoder_names(models, dino, clip)
     began = time.monotonic()
-    with _IngestView() as view:
+    with IngestView() as view:
         summary = run(
             corpus,
             sources,
@@ -183,10 +187,16 @@ def ingest(
         )
     found = ", ".join(f"{number} {kind}" for kind, number in sorted(summary.found.items()))
     if dry_run:
-        _print_dry_run(summary, as_json)
+        print_dry_run(summary, as_json)
         console.print(f"{summary.videos} videos at the sources: {found}. Nothing was changed.")
         return
-    states = _print_status(corpus, as_json)
+    stored = Corpus(corpus)
+    states = stored.states()
+    if as_json:
+        emit(as_dict(states, stored.indexed()))
+    else:
+        console.print(coverage_line(states), highlight=False)
+        print_videos(console, states, only_flawed=True)
     console.print(f"{summary.videos} videos at the sources: {found or 'nothing new'}.")
     seconds = time.monotonic() - began
     saved = summary.frames - summary.embedded
@@ -222,7 +232,7 @@ def train(
         f"projector {summary.version} ({'new' if summary.new else 'up to date'}): {facts}"
     )
     if as_json:
-        _emit(asdict(summary))
+        emit(asdict(summary))
 
 
 @app.command()
@@ -238,7 +248,7 @@ def index(
     """
     from vsearch.build_index import build_index
 
-    with _bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("building shards", total=None, note="")
         summary = build_index(
             corpus,
@@ -251,7 +261,7 @@ def index(
         f"{summary.rows} rows in {summary.shards} shards, {summary.space} space"
     )
     if as_json:
-        _emit(asdict(summary))
+        emit(asdict(summary))
 
 
 @app.command()
@@ -298,9 +308,9 @@ def search(
 
     results = vsearch.open(corpus).search(query, limit, max_gap)
     if as_json:
-        _emit(results.to_dict())
+        emit(results.to_dict())
     else:
-        Console().print(_results_table(results))
+        Console().print(results_table(results))
 
 
 @app.command()
@@ -330,9 +340,9 @@ def evaluate(
     engine = vsearch.open(corpus, snapshot)
     figures = run(engine.search, asked)
     if as_json:
-        _emit(figures)
+        emit(figures)
     else:
-        Console().print(_figures_table({str(engine.manifest["space"]): figures}))
+        Console().print(figures_table({str(engine.manifest["space"]): figures}))
 
 
 @app.command()
@@ -347,7 +357,18 @@ def status(
 
     Example: [bold]vsearch status --corpus ./corpus --failed[/]
     """
-    _print_status(corpus, as_json, failed, to_stdout=True)
+    from vsearch.corpus import Corpus
+    from vsearch.coverage import as_dict
+
+    stored = Corpus(corpus)
+    states, indexed = stored.states(), stored.indexed()
+    if as_json:
+        emit(as_dict(states, indexed))
+        return
+    out = Console()
+    out.print(coverage_line(states), highlight=False)
+    out.print(index_line(states, indexed), highlight=False)
+    print_videos(out, states, only_flawed=failed, most=None if failed else STATUS_ROWS)
 
 
 @app.command()
@@ -366,7 +387,10 @@ def serve(
         address = start(corpus, host, port)
     console.print(f"The page is at [bold]{address}[/] (Ctrl-C ends it).")
     try:
-        _wait()
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        console.print("Stopped.")
     finally:
         stop()
 
@@ -400,7 +424,7 @@ def demo(
             f"with this one beside it: choose another --corpus."
         )
     if not (world / "truth.jsonl").exists():
-        with _bar() as bar:
+        with progress_bar() as bar:
             task = bar.add_task("drawing the videos of a tiny world", total=videos, note="")
             make_world(world, seed, videos, report=lambda n, _: bar.update(task, completed=n))
     ingest([str(world)], corpus, models="demo")
@@ -419,229 +443,14 @@ def demo(
     out = console if as_json else Console()
     shown = [q for q in queries if q.group in ("seen", "unseen")][:: max(1, len(queries) // 6)]
     for query in shown:
-        out.print(_results_table(engine.search(query.text, limit=3), world))
-    out.print(_figures_table(figures))
+        out.print(results_table(engine.search(query.text, limit=3), world))
+    out.print(figures_table(figures))
     if as_json:
-        _emit({"evaluation": {**figures["projected DINO"], "plain_clip": figures["plain CLIP"]}})
+        emit({"evaluation": {**figures["projected DINO"], "plain_clip": figures["plain CLIP"]}})
     if with_page:
         serve(corpus, port=port)
     else:
         console.print(f"The page: [bold]vsearch serve --corpus {corpus}[/]")
-
-
-# ── what people see ──────────────────────────────────────────────────────────────────────────────
-
-
-def _bar() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
-
-
-def _emit(value: Any) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
-
-
-def _wait() -> None:
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        console.print("Stopped.")
-
-
-class _IngestView:
-    """Shows an ingest's progress: a bar at a terminal, a line now and then elsewhere."""
-
-    LINE_EVERY_S = 10.0
-
-    def __init__(self) -> None:
-        self._bar = _bar()
-        self._task = self._bar.add_task("starting", total=None, note="")
-        self._began: float | None = None
-        self._last_line = time.monotonic()
-
-    def __enter__(self) -> "_IngestView":
-        if console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if console.is_terminal:
-            self._bar.stop()
-
-    def report(self, progress: Any) -> None:
-        words = {"probe": "reading headers", "embed": "decoding and embedding spans"}
-        note = self._note(progress) if progress.stage == "embed" and progress.total else ""
-        if console.is_terminal:
-            self._bar.update(
-                self._task,
-                description=words[progress.stage],
-                total=progress.total,
-                completed=progress.done,
-                note=note,
-            )
-        elif time.monotonic() - self._last_line > self.LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            line = f"{words[progress.stage]}: {progress.done} of {progress.total}"
-            console.print(f"{line}, {note}" if note else line, highlight=False, soft_wrap=True)
-
-    def _note(self, progress: Any) -> str:
-        self._began = self._began or time.monotonic()
-        took_s = time.monotonic() - self._began
-        parts = [f"{progress.videos} of {progress.videos_total} videos"]
-        if progress.done and took_s > 1:
-            left_s = took_s * (progress.total - progress.done) / progress.done
-            parts += [
-                f"{progress.video_s / 3600:.2f} h of video",
-                f"{progress.frames / took_s:.0f} frames/s",
-                f"{progress.bottleneck} is the bottleneck",
-                f"{int(left_s) // 60}:{int(left_s) % 60:02d} left",
-            ]
-        return ", ".join(parts)
-
-
-def _print_dry_run(summary: Any, as_json: bool) -> None:
-    if as_json:
-        listing = [{"video": uri, "change": kind} for uri, kind in summary.listing]
-        _emit({"videos": summary.videos, "found": summary.found, "changes": listing})
-        return
-    table = Table(title="What would happen", title_justify="left")
-    table.add_column("change")
-    table.add_column("video", overflow="fold")
-    for uri, kind in summary.listing:
-        if kind != "unchanged":
-            table.add_row(kind, escape(uri))
-    if table.row_count:
-        Console().print(table)
-
-
-STATUS_ROWS = 40
-"""So many videos a status table shows: those first that are not indexed in full."""
-
-
-def _print_status(
-    corpus: str, as_json: bool, failed: bool = False, to_stdout: bool = False
-) -> list[Any]:
-    from vsearch.corpus import Corpus
-    from vsearch.coverage import as_dict
-
-    opened = Corpus(corpus)
-    states = opened.states()
-    indexed = opened.indexed()
-    if as_json:
-        _emit(as_dict(states, indexed))
-        return states
-    out = Console() if to_stdout else console
-    out.print(_coverage_line(states), highlight=False)
-    if to_stdout:
-        out.print(_index_line(states, indexed), highlight=False)
-    flawed = [state for state in states if state.status != "indexed"]
-    shown = flawed
-    if to_stdout and not failed:
-        whole = [state for state in states if state.status == "indexed"]
-        shown = [*flawed, *whole][:STATUS_ROWS]
-    elif not failed:
-        shown = flawed[:STATUS_ROWS]
-    if shown:
-        out.print(_status_table(shown))
-        left = (len(flawed) if failed or not to_stdout else len(states)) - len(shown)
-        if left:
-            out.print(f"… and {left} more (--failed, or --json, lists all)")
-    return states
-
-
-def _coverage_line(states: list[Any]) -> str:
-    from vsearch.search import clock
-
-    names = ("indexed", "partial", "failed", "pending")
-    count = {name: sum(state.status == name for state in states) for name in names}
-    quarantined = sum(state.quarantined for state in states)
-    parts = [f"{number} {name}" for name, number in count.items() if number]
-    parts += [f"{quarantined} quarantined"] if quarantined else []
-    expected_s = sum(state.expected_s or 0.0 for state in states)
-    indexed_s = sum(state.indexed_s for state in states)
-    return (
-        f"[bold]{len(states)} videos[/]: {', '.join(parts) or 'none'}. "
-        f"[bold]{sum(state.frames for state in states)} frames[/] of "
-        f"{clock(indexed_s)} out of {clock(expected_s)}; encoders worked "
-        f"{clock(sum(state.encode_s for state in states))}, decoders "
-        f"{clock(sum(state.decode_s for state in states))}."
-    )
-
-
-def _index_line(states: list[Any], indexed: dict[str, Any] | None) -> str:
-    if indexed is None:
-        return "[yellow]There is no index yet[/]: run vsearch train and vsearch index."
-    line = (
-        f"Snapshot {indexed['snapshot']} answers from {indexed['rows']} rows of "
-        f"{len(indexed['videos'])} videos."
-    )
-    lacking = sum(bool(s.frames) and s.video_id not in indexed["videos"] for s in states)
-    frames = sum(state.frames for state in states)
-    if lacking or frames != indexed["rows"]:
-        line += (
-            f" [yellow]It is behind[/]: {lacking} embedded videos are not in it; run vsearch index."
-        )
-    return line
-
-
-def _status_table(states: list[Any]) -> Table:
-    from vsearch.search import clock
-
-    table = Table()
-    for heading in ("video", "status", "indexed", "expected", "frames", "tries", "reason"):
-        right = heading in ("indexed", "expected", "frames", "tries")
-        table.add_column(heading, justify="right" if right else "left", overflow="fold")
-    colours = {"partial": "yellow", "failed": "red", "pending": "cyan", "indexed": "green"}
-    for state in states:
-        table.add_row(
-            escape(Path(state.uri).name),
-            f"[{colours[state.status]}]{state.status}[/]" + (" ⛔" if state.quarantined else ""),
-            clock(state.indexed_s) if state.frames else "",
-            clock(state.expected_s) if state.expected_s else "",
-            str(state.frames),
-            str(state.attempts),
-            escape(state.reason or ""),
-        )
-    return table
-
-
-def _results_table(results: Any, folder: Path | None = None) -> Table:
-    from vsearch.search import clock
-
-    table = Table(
-        title=f"“{escape(results.query)}”  ({results.took_ms:.0f} ms)", title_justify="left"
-    )
-    for heading in ("", "from", "to", "score", "video"):
-        table.add_column(
-            heading, justify="left" if heading == "video" else "right", overflow="fold"
-        )
-    for place, s in enumerate(results, 1):
-        name = Path(s.video).name if folder else s.video
-        table.add_row(str(place), clock(s.start_s), clock(s.end_s), f"{s.score:.3f}", escape(name))
-    return table
-
-
-def _figures_table(figures: dict[str, dict[str, Any]]) -> Table:
-    names = ["queries", "R1@0.5", "R1@0.7", "R5@0.5", "mAP", "AUROC"]
-    table = Table(title="Retrieval against the known truth", title_justify="left")
-    for heading in ("space", "sentences", *names):
-        table.add_column(heading, justify="left" if heading in ("space", "sentences") else "right")
-    for space, figure in figures.items():
-        rows = {"all": figure, **figure.get("groups", {})}
-        for group, values in rows.items():
-            if group != "nothing":
-                cells = [f"{values[n]:g}" if n in values else "" for n in names]
-                table.add_row(space if group == "all" else "", group, *cells)
-    return table
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class VideoState:
     encode_s: float = 0.0
 
 
+STATUSES = ("indexed", "partial", "failed", "pending")
 CLOCKS = ("container", "name", "mtime", "ingest")
 """Where a recording time may come from, the most trusted first."""
 
@@ -180,19 +181,12 @@ def _gaps(
     return merged
 
 
-def as_dict(states: list[VideoState], indexed: dict[str, Any] | None) -> dict[str, Any]:
-    """The coverage of a corpus for machines. `indexed` is what `Corpus.indexed` tells of the current
-    snapshot.
-    """
-    by_status = {
-        name: [state for state in states if state.status == name]
-        for name in ("indexed", "partial", "failed", "pending")
-    }
-    in_index = indexed["videos"] if indexed else frozenset()
+def totals(states: list[VideoState]) -> dict[str, Any]:
+    """How many videos there are, by status, and the sums over all of them."""
     return {
         "videos": {
             "total": len(states),
-            **{name: len(found) for name, found in by_status.items()},
+            **{name: sum(state.status == name for state in states) for name in STATUSES},
             "quarantined": sum(state.quarantined for state in states),
         },
         "frames": sum(state.frames for state in states),
@@ -201,8 +195,18 @@ def as_dict(states: list[VideoState], indexed: dict[str, Any] | None) -> dict[st
         "indexed_s": sum(state.indexed_s for state in states),
         "decode_s": sum(state.decode_s for state in states),
         "encode_s": sum(state.encode_s for state in states),
+    }
+
+
+def as_dict(states: list[VideoState], indexed: dict[str, Any] | None) -> dict[str, Any]:
+    """The coverage of a corpus for machines. `indexed` is what `Corpus.indexed` tells of the current
+    snapshot.
+    """
+    in_index = indexed["videos"] if indexed else frozenset()
+    return {
+        **totals(states),
         **{
-            name: [{"video": state.uri, "reason": state.reason} for state in by_status[name]]
+            name: [{"video": s.uri, "reason": s.reason} for s in states if s.status == name]
             for name in ("failed", "partial", "pending")
         },
         "index": indexed and {**indexed, "videos": len(in_index)},

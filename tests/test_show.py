@@ -1,0 +1,57 @@
+from io import StringIO
+
+import pytest
+from rich.console import Console
+from test_corpus import span, video_row
+
+from vsearch.coverage import VideoState, video_state
+from vsearch.show import STATUS_ROWS, coverage_line, index_line, print_videos
+
+
+def states(whole: int, half: int) -> list[VideoState]:
+    """Videos `w0`, `w1`, … that are indexed, among `h0`, `h1`, … of which a span lacks."""
+    rows = [video_row(f"w{n}") for n in range(whole)] + [video_row(f"h{n}") for n in range(half)]
+    rows.sort(key=lambda row: row["uri"][::-1])
+    spans = {"w": [span(0), span(1, ended=True)], "h": [span(0)]}
+    return [video_state([row], spans[row["video_id"][0]], None) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("whole", "half", "only_flawed", "most", "listed", "left"),
+    [
+        (0, 0, False, STATUS_ROWS, "", None),
+        (3, 2, False, STATUS_ROWS, "hhwww", None),
+        (3, 2, False, 4, "hhww", 1),
+        (3, 2, False, 1, "h", 4),
+        (3, 2, True, STATUS_ROWS, "hh", None),
+        (3, 2, True, 1, "h", 1),
+        (30, 50, True, None, "h" * 50, None),
+        (3, 0, True, STATUS_ROWS, "", None),
+    ],
+)
+def test_videos_that_are_not_indexed_in_full_come_first(
+    whole: int, half: int, only_flawed: bool, most: int | None, listed: str, left: int | None
+) -> None:
+    out = Console(file=StringIO(), width=160)
+    print_videos(out, states(whole, half), only_flawed, most)
+    lines = out.file.getvalue().splitlines()
+    assert "".join(line[2] for line in lines if ".mp4" in line) == listed
+    assert [line for line in lines if "more" in line] == (
+        [f"… and {left} more (--failed, or --json, lists all)"] if left else []
+    )
+
+
+def test_one_line_says_how_much_is_embedded() -> None:
+    assert coverage_line([]).startswith("[bold]0 videos[/]: none. ")
+    assert coverage_line(states(3, 2)).startswith(
+        "[bold]5 videos[/]: 3 indexed, 2 pending. [bold]40 frames[/] of 0:40.0 out of 0:50.0; "
+    )
+
+
+def test_one_line_says_whether_the_index_is_behind() -> None:
+    found = states(2, 0)
+    index = {"snapshot": "v1", "rows": 20, "videos": frozenset({"w0", "w1"})}
+    assert "no index yet" in index_line(found, None)
+    assert index_line(found, index) == "Snapshot v1 answers from 20 rows of 2 videos."
+    behind = index_line(found, index | {"rows": 10, "videos": frozenset({"w0"})})
+    assert "It is behind[/]: 1 embedded videos are not in it" in behind
