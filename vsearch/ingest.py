@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
@@ -390,11 +389,11 @@ def _embed_missing(
     progress = replace(progress, decoders=cpus, encoders=actors)
     for batch in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
         unread += batch["problem"].drop_null().to_pylist()
-        batch = batch.filter(pc.is_null(batch["problem"]))
-        for video_id in batch["video_id"].to_pylist():
+        videos = batch["video_id"].drop_null().to_pylist()
+        for video_id in videos:
             planned[video_id] -= 1
-        sums = {name: sum(batch[name].to_pylist()) for name in _SUMS}
-        done = progress.done + batch.num_rows
+        sums = {name: sum(batch[name].drop_null().to_pylist()) for name in _SUMS}
+        done = progress.done + len(videos)
         progress = replace(
             progress,
             done=done,
@@ -405,8 +404,6 @@ def _embed_missing(
         report(progress)
     return progress, unread
 
-
-_SUMS = ("frames", "embedded", "video_s", "decode_s", "encode_s")
 
 _TASK = pa.schema(
     [
@@ -423,6 +420,36 @@ _TASK = pa.schema(
         ("tried", pa.int32()),
     ]
 )
+# From here on a row is a span; or a file that can no longer be read, which has its `problem` alone.
+_DECODED = pa.schema(
+    [
+        ("problem", pa.string()),
+        ("record", pa.string()),  # JSON
+        ("pts_s", pa.list_(pa.float64())),
+        ("picture", pa.list_(pa.int32())),
+        ("shape", pa.list_(pa.int64())),
+        ("pixels", pa.large_binary()),
+    ]
+)
+_EMBEDDED = pa.schema(
+    [
+        *[_DECODED.field(name) for name in ("problem", "record", "pts_s", "picture")],
+        ("dino", pa.large_binary()),
+        ("clip", pa.large_binary()),
+    ]
+)
+_STORED = pa.schema(
+    [
+        ("problem", pa.string()),
+        ("video_id", pa.string()),
+        ("frames", pa.int64()),
+        ("embedded", pa.int64()),
+        ("video_s", pa.float64()),
+        ("decode_s", pa.float64()),
+        ("encode_s", pa.float64()),
+    ]
+)
+_SUMS = ("frames", "embedded", "video_s", "decode_s", "encode_s")
 
 
 def _plan(corpus: Corpus, uris: set[str], retry: bool) -> tuple[list[dict[str, Any]], Counter[str]]:
@@ -482,53 +509,46 @@ def _decode_run(batch: pa.Table, config: CorpusConfig) -> Iterator[pa.Table]:
     stays pending, and the next ingest tries it again.
     """
     for task in batch.to_pylist():
-        for span, decode_s, attempts, quarantined in _spans_of(task, config):
-            if isinstance(span, str):
-                yield _decoded("", [], DecodedSpan(0), problem=f"{task['uri']}: {span}")
-                continue
-            if span.number in task["done"]:
-                continue
-            pts_s = [float(t) for t in span.pts_s]
-            name = span_id(task["video_id"], _made_with(config), span.number)
-            record = SpanRecord(
-                video_id=task["video_id"],
-                span_id=name,
-                span=span.number,
-                frames=len(pts_s),
-                last_pts_s=max(pts_s, default=None),
-                ended=span.ended,
-                embedded=len(span.pixels) if pts_s else 0,
-                pairs=has_pairs(name, config.pairs),
-                errors=span.errors,
-                gaps=[(float(a), float(b)) for a, b in span.gaps],
-                attempts=task["tried"] + attempts,
-                quarantined=quarantined,
-                decode_s=round(decode_s, 4),
-            )
-            yield _decoded(json.dumps(asdict(record)), pts_s, span)
-
-
-def _decoded(
-    record: str, pts_s: list[float], span: DecodedSpan, problem: str | None = None
-) -> pa.Table:
-    return pa.table(
-        {
-            "record": [record],
-            "problem": pa.array([problem], pa.string()),
-            "pts_s": pa.array([pts_s], pa.list_(pa.float64())),
-            "picture": pa.array([span.picture], pa.list_(pa.int32())),
-            "shape": pa.array([list(span.pixels.shape)], pa.list_(pa.int64())),
-            "pixels": pa.array([span.pixels.data], pa.large_binary()),
-        }
-    )
+        try:
+            for span, decode_s, attempts, quarantined in _spans_of(task, config):
+                if span.number in task["done"]:
+                    continue
+                pts_s = [float(t) for t in span.pts_s]
+                name = span_id(task["video_id"], _made_with(config), span.number)
+                record = SpanRecord(
+                    video_id=task["video_id"],
+                    span_id=name,
+                    span=span.number,
+                    frames=len(pts_s),
+                    last_pts_s=max(pts_s, default=None),
+                    ended=span.ended,
+                    embedded=len(span.pixels) if pts_s else 0,
+                    pairs=has_pairs(name, config.pairs),
+                    errors=span.errors,
+                    gaps=[(float(a), float(b)) for a, b in span.gaps],
+                    attempts=task["tried"] + attempts,
+                    quarantined=quarantined,
+                    decode_s=round(decode_s, 4),
+                )
+                row = {
+                    "record": json.dumps(asdict(record)),
+                    "pts_s": pts_s,
+                    "picture": span.picture,
+                    "shape": list(span.pixels.shape),
+                    "pixels": span.pixels.data,
+                }
+                yield pa.Table.from_pylist([row], schema=_DECODED)
+        except (VideoError, OSError) as error:
+            problem = {"problem": f"{task['uri']}: {error}"}
+            yield pa.Table.from_pylist([problem], schema=_DECODED)
 
 
 def _spans_of(
     task: dict[str, Any], config: CorpusConfig
-) -> Iterator[tuple[DecodedSpan | str, float, int, bool]]:
-    """(span, seconds of decoding, attempts, quarantined) of the spans of a run; a sentence in place of
-    a span when the file cannot be read now. A span that kills its decoder is tried again, then
-    quarantined.
+) -> Iterator[tuple[DecodedSpan, float, int, bool]]:
+    """(span, seconds of decoding, attempts, quarantined) of the spans of a run. A span that kills its
+    decoder is tried again, then quarantined. Raises what the decoder raises when the file cannot be
+    read now.
     """
     first, stop, tries, lost = task["first"], task["stop"], 0, 0
     while stop is None or first < stop:
@@ -563,9 +583,6 @@ def _spans_of(
             if over:
                 return
             first, tries = first + 1, 0
-        except (VideoError, OSError) as error:
-            yield str(error), 0.0, 0, False
-            return
 
 
 class _Embedder:
@@ -585,40 +602,33 @@ class _Embedder:
                 )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        records: list[str] = []
-        vectors: dict[str, list[bytes | None]] = {"dino": [], "clip": []}
-        for i in range(batch.num_rows):
-            began = time.monotonic()
-            if batch["problem"][i].is_valid:
-                records.append("")
-                vectors["dino"].append(None)
-                vectors["clip"].append(None)
+        """The same rows with vectors in place of pixels."""
+        rows = batch.select(["problem", "record", "pts_s", "picture"]).to_pylist()
+        for i, row in enumerate(rows):
+            if row["problem"] is not None:
                 continue
-            record = json.loads(batch["record"][i].as_py())
+            began = time.monotonic()
+            record = json.loads(row["record"])
             shape = batch["shape"][i].as_py()
             pixels = np.frombuffer(batch["pixels"][i].as_buffer(), np.uint8).reshape(shape)
             dino, clip = self._encoders.embed(pixels, with_clip=record["pairs"])
-            vectors["dino"].append(dino.tobytes())
-            vectors["clip"].append(None if clip is None else clip.tobytes())
-            seconds = round(time.monotonic() - began, 4)
-            records.append(json.dumps(record | {"encode_s": seconds}))
-        kept = batch.select(["problem", "pts_s", "picture"])
-        kept = kept.append_column("record", pa.array(records))
-        for name, values in vectors.items():
-            kept = kept.append_column(name, pa.array(values, pa.large_binary()))
-        return kept
+            row["dino"] = dino.tobytes()
+            row["clip"] = None if clip is None else clip.tobytes()
+            record["encode_s"] = round(time.monotonic() - began, 4)
+            row["record"] = json.dumps(record)
+        return pa.Table.from_pylist(rows, schema=_EMBEDDED)
 
 
 def _store(batch: pa.Table, corpus_url: str, config: CorpusConfig) -> pa.Table:
     """Writes whole spans as one frames file; gives what each of them adds, and passes problems on."""
     schema = frames_schema(config.dino.dim, config.clip.dim)
-    problems = batch["problem"].drop_null().to_pylist()
-    records, tables, lengths_s = [], [], []
-    for row in batch.filter(pc.is_null(batch["problem"])).to_pylist():
+    records, tables, stored = [], [], []
+    for row in batch.to_pylist():
+        if row["problem"] is not None:
+            stored.append({"problem": row["problem"]})
+            continue
         record = SpanRecord.from_json(json.loads(row["record"]))
         times, count = row["pts_s"], record.frames
-        records.append(record)
-        lengths_s.append(max(times) - min(times) if times else 0.0)
         columns = [
             pa.array([record.video_id] * count, pa.string()),
             pa.array([record.span_id] * count, pa.string()),
@@ -628,21 +638,12 @@ def _store(batch: pa.Table, corpus_url: str, config: CorpusConfig) -> pa.Table:
             _vectors(row["dino"], config.dino.dim, row["picture"]),
             _vectors(row["clip"], config.clip.dim, row["picture"]),
         ]
+        records.append(record)
         tables.append(pa.table(columns, schema=schema))
+        stored.append(asdict(record) | {"video_s": max(times) - min(times) if times else 0.0})
     if records:
         Corpus(corpus_url).add_frames(pa.concat_tables(tables), records)
-    nothing = [0] * len(problems)
-    return pa.table(
-        {
-            "problem": pa.array([None] * len(records) + problems, pa.string()),
-            "video_id": [record.video_id for record in records] + [""] * len(problems),
-            "frames": [record.frames for record in records] + nothing,
-            "embedded": [record.embedded for record in records] + nothing,
-            "video_s": [*lengths_s, *map(float, nothing)],
-            "decode_s": [record.decode_s for record in records] + list(map(float, nothing)),
-            "encode_s": [record.encode_s for record in records] + list(map(float, nothing)),
-        }
-    )
+    return pa.Table.from_pylist(stored, schema=_STORED)
 
 
 def _vectors(data: bytes | None, dim: int, picture: list[int]) -> pa.FixedSizeListArray:
