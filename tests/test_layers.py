@@ -12,12 +12,12 @@ import vsearch
 PACKAGE = Path(vsearch.__file__).parent
 WITHOUT_RAY = [
     "schema", "config", "corpus", "video", "sampling", "encoders", "projector", "moments", "index",
-    "search", "evaluate", "storage", "sources", "decoder", "coverage", "show",
+    "search", "evaluate", "storage", "sources", "decoder", "coverage", "probing", "show",
 ]  # fmt: skip
 STAGES = {"ingest", "train", "build_index", "serve"}
 ORDER = [
     "config", "schema", "sampling", "storage", "sources", "video", "decoder", "coverage", "corpus",
-    "encoders", "projector", "moments", "index", "search", "evaluate", "runtime",
+    "probing", "encoders", "projector", "moments", "index", "search", "evaluate", "runtime",
 ]  # fmt: skip
 FLOORS = [*({name} for name in ORDER), STAGES, {"demo"}, {"show"}, {"cli"}]
 ABOVE = {

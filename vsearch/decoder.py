@@ -8,6 +8,7 @@ child process and a `DecoderDiedError`; the worker lives on. The child is kept f
 """
 
 import contextlib
+import functools
 import multiprocessing.connection
 import os
 import signal
@@ -43,6 +44,9 @@ MEMORY_BYTES = 3 << 30
 MEMORY_RESERVE = 8
 """FFmpeg loses frames in silence where it gets no memory, so it is stopped when a part of that many of
 what it may allocate is left."""
+
+ATTEMPTS = 2
+"""A span, or a header, that killed its decoder so often is quarantined."""
 
 BEAT_S = 1.0
 
@@ -190,6 +194,12 @@ class Decoder:
         assert self._child is not None
         code = self._child.wait()
         return f"the decoder crashed ({signal.Signals(-code).name if code < 0 else f'exit {code}'})"
+
+
+@functools.cache
+def own_decoder() -> Decoder:
+    """This process's decoder, kept for all of its tasks."""
+    return Decoder()
 
 
 # ── in the child ─────────────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,6 @@ What is on storage is the truth: the plan is what the corpus should hold minus w
 repeated ingest does only what is missing.
 """
 
-import functools
 import json
 import time
 from collections import Counter
@@ -22,17 +21,11 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from vsearch import runtime
 from vsearch.config import CorpusConfig, EncoderNames, Sampling, UserError
 from vsearch.corpus import Corpus
-from vsearch.decoder import Decoder, DecoderDiedError
-from vsearch.sampling import (
-    SpanRun,
-    expected_spans,
-    has_pairs,
-    missing_runs,
-    span_grid,
-    span_id,
-)
+from vsearch.decoder import ATTEMPTS, DecoderDiedError, own_decoder
+from vsearch.probing import classify, probe_files, probe_tasks
+from vsearch.sampling import SpanRun, has_pairs, missing_runs, span_id
 from vsearch.schema import VIDEOS, DecodeError, SpanRecord, frames_schema
-from vsearch.sources import Changes, Listed, compare, list_videos, name_clock
+from vsearch.sources import Listed, compare, list_videos, name_clock
 from vsearch.video import DecodedSpan, VideoError
 
 SPANS_PER_FILE = 16
@@ -40,8 +33,6 @@ EMBEDDER_MEMORY_BYTES = 3 << 30
 """What Ray reserves for an embedding actor: two base-size models in fp32 and their activations."""
 LONGEST_RUN = 8
 """Spans that one task decodes after one seek: longer runs seek less, shorter ones spread better."""
-ATTEMPTS = 2
-"""A span, or a header, that killed its decoder so often is quarantined."""
 SPANS_LOST = 2
 """After so many quarantined spans in one run the rest of the run is quarantined untried: what a
 poisoned file can cost has a bound."""
@@ -127,7 +118,7 @@ def ingest(
         known = corpus.videos() if corpus.exists("corpus.json") else []
         changes = compare(listed, known, sources if sync else (), retry_failed, time_of)
         probed = _probe(corpus, changes.probe, known, sampling, time_pattern, dry_run, report)
-        found = _classify(changes, known, probed)
+        found = classify(changes, known, probed)
         summary = IngestSummary(
             videos=len(listed),
             found=dict(Counter(kind for _, kind in found) + Counter(unchanged=changes.unchanged)),
@@ -192,18 +183,14 @@ def _probe(
     """Looks into files and stores a row for each, good or bad (none when `dry_run`); gives their
     `uri`, `video_id` and `status`.
     """
-    tried = {row["uri"]: row["attempts"] for row in known if row["status"] == "failed"}
-    good = {row["uri"] for row in known if row["status"] == "ok"}
-    entries = [
-        json.dumps([_jsonable(entry), tried.get(entry.uri, 0), entry.uri in good]) for entry in new
-    ]
+    tasks = probe_tasks(new, known)
     chunk = max(1, min(64, len(new) // (2 * runtime.cpus())))
-    tables = [pa.table({"entry": entries[i : i + chunk]}) for i in range(0, len(new), chunk)]
+    tables = [pa.table({"task": tasks[i : i + chunk]}) for i in range(0, len(new), chunk)]
     found: list[dict[str, Any]] = []
     report(Progress("probe", 0, len(new)))
     if tables:
         probing = ray.data.from_arrow(tables).map_batches(
-            _probe_batch,
+            probe_files,
             fn_args=(None if dry_run else corpus.url, sampling, time_pattern),
             batch_size=None,
             batch_format="pyarrow",
@@ -213,124 +200,6 @@ def _probe(
             found += batch.to_pylist()
             report(Progress("probe", len(found), len(new)))
     return found
-
-
-def _jsonable(entry: Listed) -> dict[str, Any]:
-    at = entry.modified_at
-    return asdict(entry) | {"modified_at": at.isoformat() if at else None}
-
-
-def _probe_batch(
-    batch: pa.Table, corpus_url: str | None, sampling: Sampling, time_pattern: str | None
-) -> pa.Table:
-    rows, stored = [], []
-    for text in batch["entry"].to_pylist():
-        values, tried, good = json.loads(text)
-        at = values["modified_at"]
-        entry = Listed(**values | {"modified_at": datetime.fromisoformat(at) if at else None})
-        row = _video_row(entry, tried, sampling, time_pattern)
-        rows.append(row)
-        if not (good and row["status"] == "unreadable"):  # what is known of it still holds
-            stored.append(row)
-    if corpus_url is not None and stored:
-        Corpus(corpus_url).add_videos(pa.Table.from_pylist(stored, schema=VIDEOS))
-    return pa.Table.from_pylist(rows, schema=VIDEOS).select(["uri", "video_id", "status"])
-
-
-@functools.cache
-def _decoder() -> Decoder:
-    """This worker's decoder, kept for all of its tasks."""
-    return Decoder()
-
-
-def _video_row(
-    entry: Listed, tried: int, sampling: Sampling, time_pattern: str | None
-) -> dict[str, Any]:
-    now = datetime.now(UTC)
-    named_at = name_clock(time_pattern)(entry.uri)
-    row: dict[str, Any] = {
-        "uri": entry.uri,
-        "source": entry.source,
-        "tags": entry.tags,
-        "video_id": "",
-        "size_bytes": entry.size_bytes,
-        "etag": entry.mark,
-        "recorded_at": named_at or entry.modified_at or now,
-        "recorded_at_source": "name" if named_at else "mtime" if entry.modified_at else "ingest",
-        "ingested_at": now,
-        "status": "failed",
-        "attempts": tried + 1,
-        "quarantined": False,
-    }
-    if entry.reason is not None:
-        return row | {"status": "unreadable", "reason": entry.reason}
-    for attempt in range(1, ATTEMPTS + 1):
-        row["attempts"] = tried + attempt
-        try:
-            info = _decoder().probe(
-                entry.uri,
-                (entry.size_bytes, entry.mark),
-                lambda video_id: row.update(video_id=video_id),
-            )
-            break
-        except DecoderDiedError as error:
-            if attempt == ATTEMPTS:
-                reason = f"quarantined after {attempt} attempts: {error}"
-                return row | {"reason": reason, "quarantined": True}
-        except VideoError as error:
-            return row | {"reason": str(error)}
-        except OSError as error:  # no fault of the content: the next ingest tries again
-            return row | {"status": "unreadable", "reason": f"cannot be read: {error}"}
-    grid = span_grid(sampling, info.fps, info.start_s)
-    if info.recorded_at:
-        row |= {"recorded_at": info.recorded_at, "recorded_at_source": "container"}
-    expected = expected_spans(grid, info.start_s, info.duration_s)
-    if info.last_s is not None:  # whatever the header claims
-        expected = grid.number_of(info.last_s) + 1
-    return row | {
-        "container": info.container,
-        "codec": info.codec,
-        "width": info.width,
-        "height": info.height,
-        "fps": info.fps,
-        "start_s": float(info.start_s),
-        "duration_s": info.duration_s,
-        "zero_s": info.zero_s,
-        "span_s": float(grid.length_s),
-        "expected_spans": expected,
-        "seekable": info.seekable,
-        "status": "ok",
-    }
-
-
-def _classify(
-    changes: Changes, known: list[dict[str, Any]], probed: list[dict[str, Any]]
-) -> list[tuple[str, str]]:
-    """(uri, what it is) of everything that is not as the corpus knows it."""
-    before = {row["uri"]: row["video_id"] for row in known}
-    gone = {row["uri"] for row in changes.gone}
-    places: dict[str, set[str]] = {}
-    for row in known:
-        if row["video_id"]:
-            places.setdefault(row["video_id"], set()).add(row["uri"])
-    found = [(row["uri"], "relabelled") for row in changes.relabel]
-    moved: set[str] = set()
-    for row in sorted(probed, key=lambda row: str(row["uri"])):
-        uri, content = row["uri"], row["video_id"]
-        elsewhere = places.get(content, set()) - {uri}
-        if row["status"] != "ok":
-            kind = row["status"]
-        elif before.get(uri):
-            kind = "unchanged" if before[uri] == content else "changed"
-        elif elsewhere & gone - moved:
-            kind = "moved"
-            moved.add(min(elsewhere & gone - moved))
-        else:
-            kind = "copy" if elsewhere else "new"
-        places.setdefault(content, set()).add(uri)
-        found.append((uri, kind))
-    found += [(uri, "gone") for uri in gone - moved]
-    return sorted(found)
 
 
 def _note(corpus: Corpus, rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
@@ -553,7 +422,7 @@ def _spans_of(
     first, stop, tries, lost = task["first"], task["stop"], 0, 0
     while stop is None or first < stop:
         try:
-            spans = _decoder().decode(
+            spans = own_decoder().decode(
                 task["uri"],
                 (task["size_bytes"], task["mark"]),
                 config.input_px,
