@@ -26,6 +26,7 @@ from ray.train.torch import TorchTrainer
 from vsearch import runtime
 from vsearch.config import TrainConfig, UserError
 from vsearch.corpus import Corpus, newest_projector, vector_matrix
+from vsearch.schema import SpanRecord
 
 if TYPE_CHECKING:
     import torch
@@ -56,15 +57,16 @@ def train(
     """
     config = config or TrainConfig()
     corpus = Corpus(corpus_url)
-    files = _files_of_spans(corpus)
-    if not files:
-        if corpus.config.pairs < 1 and corpus.spans():
+    spans = corpus.spans()
+    counted = {span: found for span, found in spans.items() if found[1].frames and found[1].pairs}
+    if not counted:
+        if corpus.config.pairs < 1 and spans:
             raise UserError(
                 f"None of the few spans of the corpus at {corpus_url} fell into the sample of pairs: "
                 f"ingest more videos, or make a corpus with a larger --pairs."
             )
         raise UserError(f"The corpus at {corpus_url} holds no frames yet: ingest videos first.")
-    stored = sorted((s, r.attempts) for s, (_, r) in corpus.spans().items() if r.frames and r.pairs)
+    stored = sorted((span, record.attempts) for span, (_, record) in counted.items())
     text = json.dumps([stored, asdict(config)])
     trained_on = hashlib.sha256(text.encode()).hexdigest()[:16]
     newest = newest_projector(corpus)
@@ -80,7 +82,7 @@ def train(
         _train_loop,
         train_loop_config={
             "corpus": corpus.url,
-            "files": files,
+            **_material(counted, config),
             "config": asdict(config),
             "trained_on": trained_on,
         },
@@ -124,13 +126,19 @@ def _run_storage(corpus: Corpus) -> dict[str, Any]:
     return {"storage_path": corpus.path("projector/.runs"), "storage_filesystem": fs}
 
 
-def _files_of_spans(corpus: Corpus) -> dict[str, list[str]]:
-    """Frames file → ids of the spans that count in it."""
+def _material(counted: dict[str, tuple[str, SpanRecord]], config: TrainConfig) -> dict[str, Any]:
+    """What the workers learn from: `files`, the ids of the spans that count in each frames file; the
+    `share` of their rows that is used; the videos that are `held_out` for validation.
+    """
     files: dict[str, list[str]] = {}
-    for span, (name, record) in corpus.spans().items():
-        if record.frames and record.pairs:
-            files.setdefault(name, []).append(span)
-    return {name: sorted(files[name]) for name in sorted(files)}
+    for span, (name, _) in sorted(counted.items()):
+        files.setdefault(name, []).append(span)
+    records = [record for _, record in counted.values()]
+    return {
+        "files": dict(sorted(files.items())),
+        "share": min(1.0, config.max_pairs / sum(record.frames for record in records)),
+        "held_out": sorted(split_videos(sorted({r.video_id for r in records}), config.validation)),
+    }
 
 
 # ── on the workers ───────────────────────────────────────────────────────────────────────────────
@@ -153,20 +161,18 @@ def _load_pairs(
 
     corpus = Corpus(job["corpus"])
     names = list(job["files"])
-    records = [r for _, r in corpus.spans().values() if r.frames and r.pairs]
-    held_out = split_videos(sorted({record.video_id for record in records}), config.validation)
-    share = min(1.0, config.max_pairs / sum(record.frames for record in records))
+    held_out = job["held_out"]
     by_file = len(names) >= 4 * world  # few files are dealt out by rows, so that all ranks get some
     rng = np.random.default_rng(config.seed)
     dino, clip, held = [], [], []
     for name in names[rank::world] if by_file else names:
         for table in corpus.frames(name, ["video_id", "span_id", "dino", "clip"]):
             chosen = np.isin(table["span_id"].to_numpy(zero_copy_only=False), job["files"][name])
-            chosen &= rng.random(len(chosen)) < share
+            chosen &= rng.random(len(chosen)) < job["share"]
             table = table.filter(pa.array(chosen))
             dino.append(vector_matrix(table["dino"]))
             clip.append(vector_matrix(table["clip"]))
-            held.append(np.isin(table["video_id"].to_numpy(zero_copy_only=False), list(held_out)))
+            held.append(np.isin(table["video_id"].to_numpy(zero_copy_only=False), held_out))
     x, y, validation = np.concatenate(dino), np.concatenate(clip), np.concatenate(held)
     train_rows, val_rows = np.flatnonzero(~validation), np.flatnonzero(validation)
     if not by_file:
