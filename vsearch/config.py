@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+FORMAT_VERSION = 2
+"""Of the corpus on storage."""
+
 DEMO_MODELS = Path(__file__).parent / "demo" / "models"
 
 
@@ -105,7 +108,7 @@ class CorpusConfig:
     input_px: int
     sampling: Sampling = field(default_factory=Sampling)
     pairs: float = 1.0
-    format_version: int = 2
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if not 0 < self.pairs <= 1:

@@ -23,12 +23,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vsearch.config import CorpusConfig, Encoder, Sampling, UserError
+from vsearch.config import FORMAT_VERSION, CorpusConfig, Encoder, Sampling, UserError
 from vsearch.coverage import VideoState, video_state
 from vsearch.schema import SPANS_KEY, VIDEOS, SpanRecord
 from vsearch.storage import RANGE_BYTES, filesystem, is_local, open_file, persist
 
-FORMAT_VERSION = 2
 READERS = 16
 FOOTER_BYTES = 1 << 16
 """Most footers of frames files fit in so much: the rest of the file is not read with them."""
@@ -361,7 +360,6 @@ def _parse_config(data: bytes) -> CorpusConfig:
         input_px=found["input_px"],
         sampling=Sampling(**found["sampling"]),
         pairs=found["pairs"],
-        format_version=found["format_version"],
     )
 
 
