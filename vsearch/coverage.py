@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
+from vsearch.sampling import grid_origin_s
 from vsearch.schema import DecodeError, SpanRecord
 
 
@@ -151,7 +152,7 @@ def _gaps(
     errors, and a tail that never came. Overlaps are merged.
     """
     start_s, end_s = extent
-    origin_s = start_s // row["span_s"] * row["span_s"]
+    origin_s = grid_origin_s(start_s, row["span_s"])
     ended = [span.span for span in spans if span.ended]
     there = {span.span for span in spans if not span.quarantined}
     known = max([row["expected_spans"] - 1, *(span.span for span in spans)])

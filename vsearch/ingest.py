@@ -23,7 +23,7 @@ from vsearch.config import CorpusConfig, EncoderNames, Sampling, UserError
 from vsearch.corpus import Corpus
 from vsearch.decoder import ATTEMPTS, DecoderDiedError, own_decoder
 from vsearch.probing import classify, probe_files, probe_tasks
-from vsearch.sampling import SpanRun, has_pairs, missing_runs, span_id
+from vsearch.sampling import SpanRun, grid_origin_s, has_pairs, missing_runs, span_id
 from vsearch.schema import VIDEOS, DecodeError, SpanRecord, frames_schema
 from vsearch.sources import Listed, compare, list_videos, name_clock
 from vsearch.video import DecodedSpan, VideoError
@@ -357,7 +357,7 @@ def _plan(corpus: Corpus, uris: set[str], retry: bool) -> tuple[list[dict[str, A
                     "mark": row["etag"],
                     "video_id": video_id,
                     "seekable": row["seekable"],
-                    "origin_s": row["start_s"] // row["span_s"] * row["span_s"],
+                    "origin_s": grid_origin_s(row["start_s"], row["span_s"]),
                     "span_s": row["span_s"],
                     "first": run.first,
                     "stop": run.stop,

@@ -9,12 +9,14 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vsearch.config import Sampling
 
+Seconds = TypeVar("Seconds", Fraction, float)
 CELLS = 16
 """Cells on the shorter side of a picture's signature."""
 
@@ -48,6 +50,13 @@ class SpanRun:
     stop: int | None
 
 
+def grid_origin_s(start_s: Seconds, length_s: Seconds) -> Seconds:
+    """Where the first span begins in a video whose stream starts at `start_s`, with spans of
+    `length_s` seconds: at a multiple of these, at or before the start.
+    """
+    return start_s // length_s * length_s
+
+
 def span_grid(sampling: Sampling, video_fps: float | None, start_s: Fraction) -> SpanGrid:
     """The grid for a video whose stream starts at `start_s`. Spans are at most `span_s` seconds and
     about `span_frames` frames long, at least one second, and a multiple of the sampling interval.
@@ -59,7 +68,7 @@ def span_grid(sampling: Sampling, video_fps: float | None, start_s: Fraction) ->
     if sampling.fps is not None:
         interval = 1 / Fraction(sampling.fps).limit_denominator(1000)
         length = interval * math.ceil(length / interval)
-    return SpanGrid(origin_s=(start_s // length) * length, length_s=length)
+    return SpanGrid(origin_s=grid_origin_s(start_s, length), length_s=length)
 
 
 def expected_spans(grid: SpanGrid, start_s: Fraction, duration_s: float | None) -> int:
