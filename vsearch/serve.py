@@ -1,5 +1,6 @@
 """The query service: Ray Serve, one FastAPI application with the page, the API and the media."""
 
+import logging
 import os
 import re
 import socket
@@ -62,6 +63,9 @@ def _ranged(uri: str, header: str | None) -> Response:
         size = file.seek(0, os.SEEK_END)
     except FileNotFoundError as error:
         raise HTTPException(404, "The video is no longer where it was ingested from.") from error
+    except Exception as error:  # each storage has errors of its own
+        logging.getLogger("ray.serve").warning("%s cannot be read: %r", uri, error)
+        raise HTTPException(503, "The video's storage cannot be read now: try later.") from error
     kind = MEDIA_TYPES.get(Path(uri).suffix.lower(), "application/octet-stream")
     headers = {"Accept-Ranges": "bytes"}
     asked = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
