@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_video import ROWS, SHORT_PX, made, without_packets
+from clips import ROWS, SHORT_PX, made, without_packets
 
 from vsearch.config import Sampling, UserError
 from vsearch.decoder import Decoder, DecoderDiedError, Limits
