@@ -4,6 +4,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from records import CONFIG
+
+from vsearch.corpus import Corpus
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 SHARED_VIDEOS = Path(__file__).parents[2] / "shared" / "videos"
@@ -42,3 +45,18 @@ def s3(s3_server: str) -> Iterator[None]:
         s3_class.clear_instance_cache()
         yield
         s3_class.clear_instance_cache()
+
+
+@pytest.fixture(params=["disk", "s3"])
+def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> Corpus:
+    """An empty corpus with its configuration, on disk and on S3."""
+    if request.param == "disk":
+        url = str(tmp_path / "corpus")
+    else:
+        request.getfixturevalue("s3")
+        bucket = f"b{os.urandom(6).hex()}"
+        fsspec.filesystem("s3").mkdir(bucket)
+        url = f"s3://{bucket}/archive/corpus"
+    corpus = Corpus(url)
+    corpus.require(CONFIG)
+    return corpus

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_corpus import NOW, span, video_row
+from records import NOW, span, video_row
 
 from vsearch.coverage import VideoState, as_dict, video_state
 from vsearch.schema import DecodeError, SpanRecord

@@ -1,8 +1,8 @@
 from io import StringIO
 
 import pytest
+from records import span, video_row
 from rich.console import Console
-from test_corpus import span, video_row
 
 from vsearch.coverage import VideoState, video_state
 from vsearch.show import STATUS_ROWS, coverage_line, index_line, print_videos

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_corpus import NOW, video_row
+from records import NOW, video_row
 
 from vsearch.config import UserError
 from vsearch.sources import Changes, Listed, compare, list_videos, name_clock
