@@ -1,9 +1,11 @@
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+from faulty_s3 import FaultyS3, faulty_s3, send
 from records import CONFIG
 
 from vsearch.corpus import Corpus
@@ -45,6 +47,35 @@ def s3(s3_server: str) -> Iterator[None]:
         s3_class.clear_instance_cache()
         yield
         s3_class.clear_instance_cache()
+
+
+@pytest.fixture
+def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultyS3]:
+    """A proxy without faults, at which s3:// URLs lead. The client below does not repeat requests of
+    its own (but s3fs does), so that what is seen is ours, and fast.
+    """
+    with faulty_s3(s3_server) as proxy:
+        for name, value in {
+            "AWS_ENDPOINT_URL": proxy.address,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "1",
+            "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        }.items():
+            monkeypatch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield proxy
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(proxy: FaultyS3, request: pytest.FixtureRequest) -> str:
+    """An empty bucket, named by the test: its faults are the same in each run."""
+    name = f"b{zlib.crc32(request.node.nodeid.encode())}"
+    send("PUT", name)
+    proxy.forget()
+    return name
 
 
 @pytest.fixture(params=["disk", "s3"])

@@ -1,6 +1,7 @@
 """A proxy before an S3 server that spoils a share of the answers, and counts what is asked and sent."""
 
 import http.client
+import os
 import random
 import re
 import socket
@@ -13,7 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import Request, urlopen
 
 FAULTS = ("500", "503", "reset", "lost", "cut", "slow")
 """Answers 500 and 503 (SlowDown); a connection reset before the request is done, or after; a body cut
@@ -22,6 +24,7 @@ before the answer).
 """
 
 ERRORS = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
+SIGNED = "AWS4-HMAC-SHA256 Credential=testing/20240506/us-east-1/s3/aws4_request, Signature=none"
 LEFT_OUT = {"connection", "transfer-encoding", "content-length"}
 
 
@@ -78,6 +81,19 @@ def faulty_s3(target: str, **settings: Any) -> Iterator[FaultyS3]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def send(method: str, path: str, data: bytes | None = None) -> None:
+    """A request past the client that the code under test uses."""
+    address = f"{os.environ['AWS_ENDPOINT_URL']}/{quote(path)}"
+    headers = {"Content-Type": "application/octet-stream", "Authorization": SIGNED}
+    with urlopen(Request(address, data, headers, method=method), timeout=10):
+        pass
+
+
+def put(bucket: str, key: str, data: bytes) -> str:
+    send("PUT", f"{bucket}/{key}", data)
+    return f"s3://{bucket}/{key}"
 
 
 class _Handler(BaseHTTPRequestHandler):
