@@ -6,11 +6,14 @@ from pathlib import Path
 import fsspec
 import pytest
 from faulty_s3 import FaultyS3, faulty_s3, send
+from hypothesis import settings
 from records import CONFIG
 
 from vsearch.corpus import Corpus
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+settings.register_profile("busy", deadline=None)  # other work on the machine must not fail a test
+settings.load_profile("busy")
 SHARED_VIDEOS = Path(__file__).parents[2] / "shared" / "videos"
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from records import CONFIG, add_videos, video_row
 
@@ -205,31 +204,6 @@ def test_another_format_is_refused(corpus: Corpus, version: int) -> None:
 
 
 # ── what is in use ───────────────────────────────────────────────────────────────────────────────
-
-
-def test_the_snapshot_in_use_is_told(corpus: Corpus) -> None:
-    assert corpus.current_manifest() is None and corpus.indexed() is None
-    for version, ids in (("v1", ["a"]), ("v2", ["a", "b"])):
-        name = f"index/{version}/videos.parquet"
-        corpus.write_table(name, pa.table({"video_id": ids, "uri": ids}))
-        manifest = {
-            "version": version,
-            "kind": "exact",
-            "space": "clip",
-            "rows": len(ids),
-            "videos": {"name": "videos.parquet"},
-        }
-        corpus.write(f"index/{version}/manifest.json", json.dumps(manifest).encode())
-    corpus.write("index/CURRENT", b"v1\n")
-    assert Corpus(corpus.url).current_manifest()["version"] == "v1"
-    corpus.write("index/CURRENT", b"v2\n")
-    assert corpus.indexed() == {
-        "snapshot": "v2",
-        "kind": "exact",
-        "space": "clip",
-        "rows": 2,
-        "videos": {"a", "b"},
-    }
 
 
 def test_the_newest_finished_projector_counts(corpus: Corpus) -> None:

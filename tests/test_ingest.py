@@ -23,6 +23,7 @@ from vsearch.build_index import build_index
 from vsearch.config import PRESETS, TrainConfig, UserError
 from vsearch.corpus import Corpus
 from vsearch.ingest import IngestSummary, ingest
+from vsearch.snapshots import Snapshots
 from vsearch.train import train
 
 Row = tuple[str, int, int, float]
@@ -122,7 +123,7 @@ def test_a_sync_makes_the_corpus_what_the_folder_is(tmp_path: Path) -> None:
     # Answers follow with the next index.
     train(url, TrainConfig(max_epochs=1))
     build_index(url)
-    indexed = Corpus(url).indexed()
+    indexed = Snapshots(Corpus(url)).indexed()
     assert indexed is not None
     assert indexed["videos"] == {state.video_id for state in states.values() if state.frames}
     again = ingest_demo(url, folder, sync=True)

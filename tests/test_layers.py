@@ -12,12 +12,14 @@ import vsearch
 PACKAGE = Path(vsearch.__file__).parent
 WITHOUT_RAY = [
     "schema", "config", "corpus", "video", "sampling", "encoders", "projector", "moments", "index",
-    "search", "evaluate", "storage", "sources", "decoder", "coverage", "probing", "show",
+    "search", "evaluate", "storage", "sources", "decoder", "coverage", "probing", "show", "recall",
+    "snapshots", "filters", "verify", "parts",
 ]  # fmt: skip
 STAGES = {"ingest", "train", "build_index", "serve"}
 ORDER = [
     "config", "schema", "sampling", "storage", "sources", "video", "decoder", "coverage", "corpus",
-    "probing", "encoders", "projector", "moments", "index", "search", "evaluate", "runtime",
+    "probing", "encoders", "projector", "moments", "index", "recall", "snapshots", "filters", "search",
+    "evaluate", "verify", "parts", "runtime",
 ]  # fmt: skip
 FLOORS = [*({name} for name in ORDER), STAGES, {"demo"}, {"show"}, {"cli"}]
 ABOVE = {

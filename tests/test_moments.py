@@ -1,8 +1,13 @@
-import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+import statistics
+from dataclasses import dataclass
+from itertools import pairwise
 
-from vsearch.moments import Stretch, grow
+import numpy as np
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from vsearch.moments import Moments, Stretch, frame_ends, grow, moments_of
 
 
 def stretch_of(
@@ -101,4 +106,198 @@ def test_a_stretch_is_what_its_definition_says(
             inside.add(row)
     stretch = stretch_of(values, peak, max_gap_s=max_gap_s)
     assert (stretch.first, stretch.last, stretch.best) == (min(inside), max(inside), peak)
-    assert np.isclose(stretch.score, np.mean([values[row] for row in inside]), atol=1e-6)
+    mean = np.mean([values[row] for row in inside])
+    assert np.isclose(stretch.score, min(mean, values[peak]), atol=1e-6)
+
+
+# ── weighting ────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(levels, st.data())
+def test_the_score_is_the_mean_over_the_time_of_the_rows(
+    values: list[float], data: st.DataObject
+) -> None:
+    lasting = st.integers(1, 40).map(lambda n: n / 4)
+    lasting_s = data.draw(st.lists(lasting, min_size=len(values), max_size=len(values)))
+    peak = data.draw(st.integers(0, len(values) - 1))
+    end_s = np.cumsum(lasting_s)
+    scores = np.array(values, np.float32)
+    taken = np.zeros(len(values), bool)
+    start_s = end_s - lasting_s
+    stretch = grow(peak, 0, len(values), lambda i, j: scores[i:j], start_s, end_s, 0.0, 1.0, taken)
+    rows = range(stretch.first, stretch.last + 1)
+    strong = [row for row in rows if row == peak or scores[row] >= scores[peak] / 2]
+    time_s = sum(lasting_s[row] for row in strong)
+    mean = sum(values[row] * lasting_s[row] for row in strong) / time_s
+    assert np.isclose(stretch.score, min(mean, values[peak]), atol=1e-6)
+
+
+def test_a_long_row_counts_for_more_than_a_short_one() -> None:
+    scores = np.array([0.9, 0.6], np.float32)
+    start_s, end_s = np.array([0.0, 9.0]), np.array([9.0, 10.0])
+    stretch = grow(0, 0, 2, lambda i, j: scores[i:j], start_s, end_s, 0.0, 1.0, np.zeros(2, bool))
+    assert np.isclose(stretch.score, 0.9 * 0.9 + 0.1 * 0.6)
+
+
+# ── moments ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Film:
+    """Frames of a video: times on a grid of 1/4 s with holes, vectors of a few shots with noise."""
+
+    pts_s: NDArray[np.float64]
+    vectors: NDArray[np.float16]
+
+
+@st.composite
+def films(draw: st.DrawFn) -> Film:
+    frames = draw(st.integers(1, 300))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    steps = rng.choice([0.25, 0.5, 5.0], size=frames, p=[0.9, 0.07, 0.03])
+    shot = np.cumsum(rng.random(frames) < draw(st.sampled_from([0.01, 0.2, 0.9])))
+    centres = rng.standard_normal((frames + 1, 6))
+    # Consecutive shots drift, so that some likenesses lie near any bound.
+    vectors = centres[shot // 3] + 0.3 * centres[shot] + 0.1 * rng.standard_normal((frames, 6))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return Film(100.0 + np.cumsum(steps), vectors.astype(np.float16))
+
+
+bounds = st.sampled_from([0.5, 0.9, 0.97, 0.999])
+some_films = films()
+
+
+def joined(parts: list[Moments]) -> Moments:
+    names = ("vectors", "start_s", "end_s", "best_s", "frames")
+    return Moments(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def frames_of(moments: Moments) -> list[range]:
+    """The numbers of the frames of each moment."""
+    stops = np.cumsum(moments.frames).tolist()
+    return [range(a, b) for a, b in pairwise([0, *stops])]
+
+
+def ends_by_hand(pts_s: NDArray[np.float64]) -> list[float]:
+    steps = [b - a for a, b in pairwise(pts_s.tolist())]
+    usual = statistics.median([step for step in steps if step > 0] or [0.04])
+    lasting = [step if 0 < step <= 5 * usual else usual for step in steps]
+    return [at + lasts for at, lasts in zip(pts_s.tolist(), [*lasting, usual], strict=True)]
+
+
+def groups_by_hand(film: Film, alike: float, at_once: int) -> list[list[int]]:
+    """The definition, frame by frame."""
+    ends = ends_by_hand(film.pts_s)
+    groups: list[list[int]] = []
+    for row, vector in enumerate(film.vectors.astype(np.float64)):
+        if groups and row % at_once:
+            first = film.vectors[groups[-1][0]].astype(np.float64)
+            whole = film.pts_s[row] <= ends[row - 1] + 1e-6
+            if whole and vector @ first >= alike:
+                groups[-1].append(row)
+                continue
+        groups.append([row])
+    return groups
+
+
+def near_a_bound(film: Film, alike: float) -> bool:
+    """Whether rounding alone may decide on some pair of frames."""
+    cosines = film.vectors.astype(np.float64) @ film.vectors.astype(np.float64).T
+    return bool((np.abs(cosines - alike) < 1e-6).any())
+
+
+@given(some_films, bounds, st.integers(1, 400))
+def test_moments_are_those_of_a_plain_loop(film: Film, alike: float, at_once: int) -> None:
+    assume(not near_a_bound(film, alike))
+    moments = joined(list(moments_of(film.pts_s, film.vectors, alike, at_once)))
+    groups = groups_by_hand(film, alike, at_once)
+    ends = ends_by_hand(film.pts_s)
+    assert [list(rows) for rows in frames_of(moments)] == groups
+    assert moments.start_s.tolist() == [film.pts_s[rows[0]] for rows in groups]
+    assert np.allclose(moments.end_s, [ends[rows[-1]] for rows in groups], atol=1e-9)
+    for rows, vector, best_s in zip(groups, moments.vectors, moments.best_s, strict=True):
+        part = film.vectors[rows].astype(np.float64)
+        mean = part.mean(0) / np.linalg.norm(part.mean(0))
+        assert np.allclose(vector, mean, atol=2e-3)
+        best = rows[0] + int(np.flatnonzero(film.pts_s[rows] == best_s)[0])
+        assert film.vectors[best].astype(np.float64) @ mean >= (part @ mean).max() - 1e-6
+
+
+@given(some_films, bounds, st.integers(1, 400))
+def test_every_frame_is_in_one_moment_and_holes_are_in_none(
+    film: Film, alike: float, at_once: int
+) -> None:
+    moments = joined(list(moments_of(film.pts_s, film.vectors, alike, at_once)))
+    ends = frame_ends(film.pts_s)
+    assert moments.frames.dtype == np.int32 and moments.frames.min() >= 1
+    assert moments.frames.sum() == len(film.pts_s)
+    assert moments.start_s[0] == film.pts_s[0] and moments.end_s[-1] == ends[-1]
+    assert (moments.start_s < moments.end_s).all()
+    assert (moments.end_s[:-1] <= moments.start_s[1:] + 1e-9).all()
+    assert np.isclose((moments.end_s - moments.start_s).sum(), (ends - film.pts_s).sum())
+    lengths = np.linalg.norm(moments.vectors.astype(np.float64), axis=1)
+    assert np.allclose(lengths, 1, atol=2e-3)
+    assert moments.vectors.dtype == np.float16
+    for rows, start_s, end_s, best_s in zip(
+        frames_of(moments), moments.start_s, moments.end_s, moments.best_s, strict=True
+    ):
+        assert best_s in film.pts_s[rows.start : rows.stop]
+        assert start_s <= best_s < end_s
+        first = film.vectors[rows[0]].astype(np.float32)
+        cosines = film.vectors[rows[1:]].astype(np.float32) @ first
+        assert (cosines >= alike - 1e-6).all()
+        assert (film.pts_s[rows[1:]] <= ends[rows[:-1]] + 1e-6).all()
+
+
+@given(some_films, st.integers(1, 400))
+def test_without_a_bound_every_frame_is_a_moment(film: Film, at_once: int) -> None:
+    moments = joined(list(moments_of(film.pts_s, film.vectors, None, at_once)))
+    assert (moments.vectors == film.vectors).all()
+    assert (moments.start_s == film.pts_s).all() and (moments.best_s == film.pts_s).all()
+    assert (moments.end_s == frame_ends(film.pts_s)).all()
+    assert (moments.frames == 1).all()
+
+
+@given(st.integers(1, 300), st.integers(1, 100))
+def test_pieces_divide_a_moment_and_do_nothing_else(frames: int, at_once: int) -> None:
+    still = np.tile(np.array([0.6, 0.8], np.float16), (frames, 1))
+    pts_s = np.arange(frames) / 25
+    pieces = list(moments_of(pts_s, still, 0.97, at_once))
+    assert [len(piece.frames) for piece in pieces] == [1] * -(-frames // at_once)
+    assert all(piece.frames[0] <= at_once for piece in pieces)
+    assert (
+        joined(pieces).end_s.tolist()
+        == frame_ends(pts_s)[[*range(at_once - 1, frames - 1, at_once), -1]].tolist()
+    )
+
+
+def test_a_moment_may_be_longer_than_what_is_compared_at_once() -> None:
+    vectors = np.repeat(np.eye(2, dtype=np.float16), [1000, 3], axis=0)
+    moments = joined(list(moments_of(np.arange(1003.0), vectors, 0.97)))
+    assert moments.frames.tolist() == [1000, 3]
+
+
+def test_a_video_without_frames_has_no_moments() -> None:
+    assert list(moments_of(np.zeros(0), np.zeros((0, 4), np.float16), 0.97)) == []
+
+
+# ── ends of frames ───────────────────────────────────────────────────────────────────────────────
+
+
+@given(some_films)
+def test_a_frame_ends_as_the_plain_loop_says(film: Film) -> None:
+    assert np.allclose(frame_ends(film.pts_s), ends_by_hand(film.pts_s), atol=1e-9)
+
+
+def test_a_frame_lasts_until_the_next_unless_there_is_a_hole() -> None:
+    ends = frame_ends(np.array([0.0, 1.0, 2.0, 6.0, 7.0, 20.0]))
+    assert ends.tolist() == [1.0, 2.0, 6.0, 7.0, 8.0, 21.0]
+
+
+def test_a_single_frame_lasts_as_one_of_25_a_second() -> None:
+    assert frame_ends(np.array([3.0])).tolist() == [3.04]
+    assert frame_ends(np.zeros(0)).shape == (0,)
+
+
+def test_a_time_that_is_given_twice_lasts_as_long_as_usual() -> None:
+    assert frame_ends(np.array([0.0, 1.0, 1.0, 2.0])).tolist() == [1.0, 2.0, 2.0, 3.0]

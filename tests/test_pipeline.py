@@ -127,22 +127,23 @@ def test_a_lower_rate_keeps_the_first_frame_of_each_interval(world, tmp_path):
 def test_answers_are_those_of_an_exact_scan(built):
     engine = vsearch.open(built)
     vector = engine.encoder.encode_text(["a red car"])[0]
-    shard = engine._timelines[0].shard
+    (shard,) = engine.index.shards
     scores, rows = exact_search(np.asarray(shard.vectors), vector[None], 1)
-    best = engine.search_vector(vector, limit=1)[0]
-    timeline = engine._timelines[0]
-    assert best.video == engine.videos[timeline.video[rows[0, 0]]]["uri"]
-    assert best.best_s == pytest.approx(timeline.start_s[rows[0, 0]], abs=1e-5)
-    assert best.score <= scores[0, 0] + 1e-5
+    entry = engine.manifest["shards"][0]["rows_file"]["name"]
+    row = pq.read_table(f"{built}/index/{entry}").slice(rows[0, 0], 1).to_pylist()[0]
+    segments = engine.search_vector(vector, limit=5)
+    # A segment ranks by its mean, so that around the best row need not be the first.
+    assert any((s.video_id, s.best_s) == (row["video_id"], row["best_s"]) for s in segments)
+    assert all(s.score <= scores[0, 0] + 1e-5 for s in segments)
 
 
 def test_shards_and_ivfpq_give_the_answers_of_one_flat_shard(built, world):
-    flat = vsearch.open(built)
-    rows = flat.rows
-    sharded = vsearch.open(built, build_index(built, shard_rows=rows // 3).snapshot)
+    flat = vsearch.open(built, build_index(built, rows="frames").snapshot)
+    third = flat.rows // 3
+    sharded = vsearch.open(built, build_index(built, rows="frames", shard_frames=third).snapshot)
     assert len(sharded.manifest["shards"]) >= 3
-    quantised = vsearch.open(built, build_index(built, kind="ivfpq").snapshot)
-    assert quantised.manifest["shards"][0]["faiss_file"]
+    quantised = vsearch.open(built, build_index(built, kind="ivfpq", rows="frames").snapshot)
+    assert quantised.manifest["kind"] == "ivfpq"
     for query in read_queries(str(world / "truth.jsonl"))[:8]:
         expected = [(s.video, s.start_s, s.end_s) for s in flat.search(query.text, 3)]
         for engine in (sharded, quantised):
@@ -178,7 +179,7 @@ def test_clip_space_finds_the_true_moments(built, world):
 
 
 def test_two_workers_train_one_projector(built):
-    config = TrainConfig(max_epochs=3, batch_size=64, seed=5)
+    config = TrainConfig(max_epochs=15, batch_size=64, seed=5)
     summary = train(built, config, workers=2)
     assert summary.new and summary.metrics["cosine"] > 0.2
     held_out = split_videos([row["video_id"] for row in Corpus(built).videos()], config.validation)
@@ -192,7 +193,8 @@ def test_a_damaged_snapshot_is_named_and_refused(built, tmp_path):
     from vsearch.index import DamagedIndexError
 
     snapshot = build_index(built).snapshot
-    path = next((Path(built) / "index" / snapshot).glob("vectors-*.f16"))
+    (shard,) = vsearch.open(built, snapshot).manifest["shards"]
+    path = Path(built) / "index" / shard["vectors_file"]["name"]
     good = path.read_bytes()
     try:
         path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))

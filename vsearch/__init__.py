@@ -14,12 +14,14 @@ if not os.environ.get("RAY_ADDRESS"):
     # `uv run`. It reads this when it is imported, so it must stand before any import of Ray.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
+from vsearch.filters import Filter
+
 if TYPE_CHECKING:
     from vsearch.coverage import VideoState
     from vsearch.search import Engine
 
 __version__ = "0.1.0"
-__all__ = ["open", "status"]
+__all__ = ["Filter", "open", "status"]
 
 
 def open(corpus: str, snapshot: str | None = None) -> "Engine":

@@ -1,317 +1,442 @@
-"""Frames to a snapshot of the index: project → quantise → shards → publish, as Ray tasks."""
+"""Frames to a snapshot of the index, as Ray tasks: project → moments → quantise → measure → publish.
 
-import hashlib
-import json
-import tempfile
+What is built is the difference between the snapshot in use and what the corpus holds now. Each part
+(the rows of a shard, its codes, what they recall) is stored when it is finished and found again by a
+build that follows, so a killed build goes on where it was, and an update costs what is new.
+"""
+
+import math
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import pairwise
+from functools import reduce
+from importlib.metadata import version as version_of
+from operator import add
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
-from vsearch import runtime
-from vsearch.config import UserError
-from vsearch.corpus import Corpus, newest_projector, vector_matrix
+from vsearch import parts, recall, runtime
+from vsearch.config import MIN_RECALL, UserError
+from vsearch.corpus import Corpus, newest_projector
 from vsearch.coverage import VideoState
-from vsearch.index import FLAT_ROWS, IvfPq, fill, sha256, train_quantizer
-from vsearch.schema import ROWS, SpanRecord
+from vsearch.index import (
+    FLAT_ROWS,
+    ROWS_PER_CELL,
+    Setting,
+    cells_for,
+    imbalance,
+)
+from vsearch.schema import SNAPSHOT_VIDEOS
+from vsearch.snapshots import (
+    FORMAT_VERSION,
+    Content,
+    Snapshots,
+    Spans,
+    StoredShard,
+    UnreadableSnapshotError,
+    content_of,
+    deal,
+    key_of,
+    spans_by_video,
+)
 
 SPACES = ("projected", "clip")
 KINDS = ("auto", "flat", "ivfpq")
-SHARD_ROWS = 5_000_000
-TRAINING_ROWS_PER_CELL = 100
+ROW_KINDS = ("moments", "frames")
+ALIKE = 0.98
+"""Frames with at least this cosine to the first one of their moment share a row."""
+
+SHARD_FRAMES = 5_000_000
+SENTENCES = Path(__file__).parent / "sentences.txt"
+"""General sentences, one a line: the text queries on which recall is measured by default."""
+
+FRAME_QUERIES = 100
+FEWEST_CODED = 256
+"""Fewer rows cannot train a quantizer: they are flat whatever is asked for."""
+
+GROWTH = 4
+"""A quantizer that was trained on so much fewer rows than there are now has too few cells."""
 
 
 @dataclass(frozen=True)
 class IndexSummary:
-    """The snapshot in use afterwards; `new` tells whether it was built now."""
+    """The snapshot in use afterwards; `new` tells whether it was built now, `shards_new` how many of
+    its shards were. `warnings` say when the quantizer no longer fits, and what to do.
+    """
 
     snapshot: str
     new: bool
     kind: str
     space: str
     rows: int
-    shards: int
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A stored span in a shard: its rows start at `offset`."""
-
-    file: str
-    span_id: str
-    video: int
-    offset: int
     frames: int
+    shards: int
+    shards_new: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+Report = Callable[[str, int, int], None]
 
 
 def build_index(
     corpus_url: str,
     kind: str = "auto",
     space: str = "projected",
-    shard_rows: int = SHARD_ROWS,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    rows: str = "moments",
+    queries: str | None = None,
+    min_recall: float = MIN_RECALL,
+    retrain: bool = False,
+    rebuild: bool = False,
+    shard_frames: int = SHARD_FRAMES,
+    report: Report = lambda stage, done, total: None,
 ) -> IndexSummary:
-    """Builds and publishes a snapshot of all embedded frames, unless the current one is that already.
-    `space` is 'projected' (DINO through the newest projector) or 'clip' (CLIP's image vectors).
+    """Publishes a snapshot of all embedded frames, unless the current one is that already.
+
+    `space` is 'projected' (DINO through the newest projector) or 'clip' (CLIP's image vectors);
+    `rows` 'moments' or 'frames'; `queries` a file with a sentence a line, on which recall is measured
+    instead of general ones. Raises `recall.RecallError` when an index with codes cannot reach
+    `min_recall`. `retrain` trains the quantizer anew; `rebuild` makes everything anew, also what is
+    finished, as is needed when a part is damaged.
     """
-    if kind not in KINDS:
-        raise UserError(f"There is no index kind {kind!r}; choose one of {', '.join(KINDS)}.")
-    if space not in SPACES:
-        raise UserError(f"There is no space {space!r}; choose one of {', '.join(SPACES)}.")
+    for name, value, known in (
+        ("kind", kind, KINDS),
+        ("space", space, SPACES),
+        ("rows", rows, ROW_KINDS),
+    ):
+        if value not in known:
+            raise UserError(f"There is no --{name} {value!r}; choose one of {', '.join(known)}.")
+    if not 0 < min_recall <= 1:
+        raise UserError(f"--min-recall must lie above 0 and not above 1, not {min_recall:g}.")
+    sentences = _sentences(queries)
     corpus = Corpus(corpus_url)
-    config = corpus.config
-    if space == "clip" and config.pairs < 1:
-        raise UserError(
-            f"The corpus at {corpus_url} has CLIP vectors for a share of {config.pairs:g} of its spans "
-            f"only (--pairs): the clip space cannot be had, use --space projected."
-        )
-    projector = None
-    if space == "projected":
-        newest = newest_projector(corpus)
-        if newest is None:
-            raise UserError(
-                f"The corpus at {corpus_url} has no projector yet: run 'vsearch train' first."
-            )
-        projector = newest[0]
-    spans = corpus.spans()
-    videos = [s for s in corpus.states() if s.frames]
-    shards = _shards(spans, videos, shard_rows)
-    rows = sum(piece.frames for shard in shards for piece in shard)
-    if not rows:
+    snapshots = Snapshots(corpus)
+    recipe = parts.Recipe(_projector(corpus, space), ALIKE if rows == "moments" else None)
+    spans = spans_by_video(corpus)
+    states = [state for state in corpus.states() if state.video_id in spans]
+    if not states:
         raise UserError(f"The corpus at {corpus_url} holds no frames yet: ingest videos first.")
-    kind = ("flat" if rows <= FLAT_ROWS else "ivfpq") if kind == "auto" else kind
-    shape = IvfPq.for_rows(rows) if kind == "ivfpq" else None
-    uris = sorted((video.uri, video.video_id) for video in videos)
-    stored = sorted((name, record.attempts) for name, (_, record) in spans.items())
-    built_from = hashlib.sha256(
-        json.dumps([stored, uris, projector, space, kind, shard_rows]).encode()
-    ).hexdigest()
-    current = corpus.current_manifest()
-    if current and current["built_from"] == built_from:
-        return IndexSummary(current["version"], False, kind, space, rows, len(shards))
+    contents = [content_of(state.video_id, spans) for state in states]
+    current, parent = snapshots.current, None
+    with suppress(UnreadableSnapshotError):  # then this build takes its place
+        parent = snapshots.current_manifest()
+    asked = [kind, asdict(recipe), space, shard_frames, sentences, min_recall]
+    built_from = key_of(asked, [asdict(c) for c in contents], [_facts(state) for state in states])
+    if parent and parent["built_from"] == built_from and not (retrain or rebuild):
+        return _summary(parent, 0, published=False)
 
     runtime.connect()
-    gpus = 1 if projector and runtime.gpus() else 0
-    version = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    base = parent if parent and _continues(parent, recipe, shard_frames) and not rebuild else None
+    salt = uuid.uuid4().hex if rebuild else ""  # other keys than those of the parts that there are
+    kept, groups = deal(contents, _stored(snapshots, base) if base else [], shard_frames)
     with runtime.user_errors():
-        quantizer = (
-            _train.options(num_gpus=gpus).remote(corpus.url, shards, projector, shape, rows)
-            if shape
-            else None
-        )
-        jobs = [
-            _build_shard.options(num_gpus=gpus).remote(
-                corpus.url, version, number, shard, projector, quantizer
-            )
-            for number, shard in enumerate(shards)
-        ]
-        report(0, len(jobs))
-        waiting = list(jobs)
-        while waiting:
-            _, waiting = ray.wait(waiting)
-            report(len(jobs) - len(waiting), len(jobs))
-        entries, sums = zip(*ray.get(jobs), strict=True)
+        shards = [base["shards"][shard.number] for shard in kept] if base else []
+        shards += _make_rows(corpus, groups, spans, recipe, salt, report)
+        total = sum(shard["rows"] for shard in shards)
+        coded = total > {"flat": math.inf, "auto": FLAT_ROWS, "ivfpq": FEWEST_CODED}[kind]
+        former = quantizer = asked_queries = tuning = None
+        if coded:
+            former = base if base and base["quantizer"] and not retrain else None
+            quantizer = former["quantizer"] if former else _make_quantizer(corpus, shards, total)
+            asked_queries = _make_queries(corpus, shards, sentences, former)
+            # What an update adds stays flat while it is small: exact, and made anew with the next.
+            least = 0 if kind == "ivfpq" or not former else FLAT_ROWS
+            shards = _make_codes(corpus, shards, quantizer, asked_queries, least, report)
+            tuning = _tune(snapshots, shards, asked_queries, min_recall)
+            if not former:
+                quantizer |= {"imbalance": tuning["imbalance"]}
+        else:
+            shards = [shard | parts.FLAT for shard in shards]
+    places = {c: n for n, shard in enumerate(kept) for c in shard.contents & set(contents)}
+    places |= {c: n for n, group in enumerate(groups, len(kept)) for c in group}
     manifest = {
-        "format_version": 1,
-        "version": version,
-        "parent": current["version"] if current else None,
+        "format_version": FORMAT_VERSION,
+        "faiss_version": faiss.__version__,
+        "vsearch_version": version_of("vsearch"),
+        "parent": current,
         "created_at": datetime.now(UTC).isoformat(),
-        "kind": kind,
+        "kind": "ivfpq" if any(shard["codes_file"] for shard in shards) else "flat",
         "space": space,
-        "projector": projector,
-        "encoders": {"dino": asdict(config.dino), "clip": asdict(config.clip)},
-        "dim": config.clip.dim,
-        "rows": rows,
-        "nlist": shape.nlist if shape else 0,
-        "nprobe": shape.nprobe if shape else 0,
-        "mean": (np.sum(sums, axis=0) / rows).tolist(),
-        "videos": _put_table(corpus, version, "videos.parquet", _videos_table(videos)),
-        "shards": list(entries),
+        "encoders": {"dino": asdict(corpus.config.dino), "clip": asdict(corpus.config.clip)},
+        **asdict(recipe),
+        "shard_frames": shard_frames,
+        "dim": corpus.config.clip.dim,
+        "rows": total,
+        "frames": sum(content.frames for content in contents),
+        "dead_frames": sum(s["frames"] for s in shards) - sum(c.frames for c in contents),
+        "mean": np.average(
+            [s["mean"] for s in shards], axis=0, weights=[s["frames"] for s in shards]
+        ).tolist(),
+        "quantizer": quantizer,
+        "queries": asked_queries,
+        "tuning": tuning,
+        "shards": shards,
         "built_from": built_from,
     }
-    corpus.write(f"index/{version}/manifest.json", (json.dumps(manifest) + "\n").encode())
-    corpus.write("index/CURRENT", f"{version}\n".encode())
-    return IndexSummary(version, True, kind, space, rows, len(shards))
+    manifest["warnings"] = _warnings(manifest, former, len(groups)) if coded else []
+    version = snapshots.publish(manifest, _videos_table(states, contents, places))
+    return _summary(manifest | {"version": version}, len(groups), published=True)
 
 
-def _shards(
-    spans: dict[str, tuple[str, SpanRecord]], videos: list[VideoState], shard_rows: int
-) -> list[list[_Piece]]:
-    """Videos dealt to shards of at most `shard_rows` rows (a video is never divided), and the place
-    of every span in its shard: by video, then by time.
-    """
-    by_video: dict[str, list[tuple[str, SpanRecord]]] = {}
-    for file, span in spans.values():
-        if span.frames:
-            by_video.setdefault(span.video_id, []).append((file, span))
-    shards: list[list[_Piece]] = []
-    offset = 0
-    for number, video in enumerate(videos):
-        stored = sorted(by_video[video.video_id], key=lambda entry: entry[1].span)
-        frames = sum(span.frames for _, span in stored)
-        if not shards or offset + frames > shard_rows:
-            shards.append([])
-            offset = 0
-        for file, span in stored:
-            shards[-1].append(_Piece(file, span.span_id, number, offset, span.frames))
-            offset += span.frames
-    return shards
+# ── what to build ────────────────────────────────────────────────────────────────────────────────
 
 
-@ray.remote(num_cpus=1)
-def _train(
-    corpus_url: str, shards: list[list[_Piece]], projector: str | None, shape: IvfPq, rows: int
-) -> Any:
-    """The quantizer, trained on rows drawn evenly over all videos."""
-    project = _projection(Corpus(corpus_url), projector)
-    share = min(1.0, TRAINING_ROWS_PER_CELL * shape.nlist / rows)
-    rng = np.random.default_rng(0)
-    sample = []
-    for _, _, vectors in _read(
-        Corpus(corpus_url), [p for shard in shards for p in shard], project, share, rng
-    ):
-        sample.append(vectors)
-    return train_quantizer(np.concatenate(sample).astype(np.float32), shape)
+def _sentences(path: str | None) -> list[str]:
+    """The text queries of a file, by default the general ones."""
+    try:
+        lines = Path(path or SENTENCES).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The sentences in {path} cannot be read: {error}.") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"{path} holds no sentences: one a line is expected.")
+    return found
 
 
-@ray.remote(num_cpus=1)
-def _build_shard(
-    corpus_url: str,
-    version: str,
-    number: int,
-    pieces: list[_Piece],
-    projector: str | None,
-    quantizer: Any,
-) -> tuple[dict[str, Any], Any]:
-    """Writes one shard's files; gives its entry in the manifest and the sum of its vectors."""
-    corpus = Corpus(corpus_url)
-    dim = corpus.config.clip.dim
-    rows = sum(piece.frames for piece in pieces)
-    pts_s = np.empty(rows, np.float64)
-    video = np.empty(rows, np.int32)
-    total = np.zeros(dim, np.float64)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "vectors"
-        vectors = np.memmap(path, np.float16, mode="w+", shape=(rows, dim))
-        for piece, times, part in _read(corpus, pieces, _projection(corpus, projector)):
-            place = slice(piece.offset, piece.offset + piece.frames)
-            vectors[place], pts_s[place], video[place] = part, times, piece.video
-            total += part.sum(0, dtype=np.float64)
-        vectors.flush()
-        entry: dict[str, Any] = {"rows": rows}
-        if quantizer is not None:
-            faiss_path = Path(folder) / "faiss"
-            faiss_path.write_bytes(fill(quantizer, vectors))
-            entry["faiss_file"] = _put(corpus, version, f"shard-{number:05d}.faiss", faiss_path)
-        entry["vectors_file"] = _put(corpus, version, f"vectors-{number:05d}.f16", path)
-    table = pa.table({"video": video, "start_s": pts_s, "end_s": _ends(pts_s, video)}, schema=ROWS)
-    entry["rows_file"] = _put_table(corpus, version, f"rows-{number:05d}.parquet", table)
-    return entry, total
+def _projector(corpus: Corpus, space: str) -> str | None:
+    config = corpus.config
+    if space == "clip":
+        if config.pairs < 1:
+            raise UserError(
+                f"The corpus at {corpus.url} has CLIP vectors for a share of {config.pairs:g} of its "
+                f"spans only (--pairs): the clip space cannot be had, use --space projected."
+            )
+        return None
+    newest = newest_projector(corpus)
+    if newest is None:
+        raise UserError(
+            f"The corpus at {corpus.url} has no projector yet: run 'vsearch train' first."
+        )
+    return newest[0]
 
 
-def _ends(pts_s: Any, video: Any) -> Any:
-    """When each frame gives way to the next; the last of a video, and one before a hole, lasts as
-    long as the video's frames usually do.
-    """
-    ends = np.empty_like(pts_s)
-    for first, stop in _stretches(video):
-        times = pts_s[first:stop]
-        steps = np.diff(times)
-        usual = float(np.median(steps[steps > 0])) if (steps > 0).any() else 0.04
-        lasting = np.append(steps, usual)
-        ends[first:stop] = times + np.where((lasting <= 0) | (lasting > 5 * usual), usual, lasting)
-    return ends
+def _facts(state: VideoState) -> list[Any]:
+    """What a snapshot tells of a video beside its rows."""
+    recorded = [state.recorded_at.isoformat(), state.recorded_at_source]
+    return [state.uri, state.copies, sorted(state.tags.items()), state.zero_s, *recorded]
 
 
-def _stretches(video: Any) -> list[tuple[int, int]]:
-    edges = [0, *(np.flatnonzero(np.diff(video)) + 1).tolist(), len(video)]
-    return list(pairwise(edges))
+def _continues(parent: dict[str, Any], recipe: parts.Recipe, shard_frames: int) -> bool:
+    """Whether shards of a snapshot can be part of the next."""
+    asked = asdict(recipe) | {"shard_frames": shard_frames}
+    return all(parent[name] == value for name, value in asked.items())
 
 
-def _projection(corpus: Corpus, projector: str | None) -> Callable[[pa.Table], Any]:
-    """Frames (a table) → unit vectors float16 (n, dim)."""
-    if projector is None:
-        return lambda table: vector_matrix(table["clip"])
-    import torch
-
-    from vsearch.projector import Projector
-
-    device = "cuda" if ray.get_gpu_ids() else "cpu"
-    model = Projector.from_bytes(
-        corpus.read(f"projector/{projector}/model.safetensors"),
-        corpus.read(f"projector/{projector}/config.json"),
-    ).to(device)
-
-    @torch.inference_mode()
-    def project(table: pa.Table) -> Any:
-        dino = torch.from_numpy(vector_matrix(table["dino"])).to(device).float()
-        return torch.nn.functional.normalize(model(dino), dim=-1).half().cpu().numpy()
-
-    return project
+def _stored(snapshots: Snapshots, base: dict[str, Any]) -> list[StoredShard]:
+    """The shards of a snapshot, with the videos that counted in them."""
+    contents: dict[int, set[Content]] = {}
+    table = snapshots.videos(base).select(["video_id", "generation", "frames", "shard"])
+    for row in table.to_pylist():
+        shard = row.pop("shard")
+        contents.setdefault(shard, set()).add(Content(**row))
+    return [
+        StoredShard(n, shard["frames"], not shard["codes_file"], frozenset(contents.get(n, ())))
+        for n, shard in enumerate(base["shards"])
+    ]
 
 
-def _read(
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _make_rows(
     corpus: Corpus,
-    pieces: list[_Piece],
-    project: Callable[[pa.Table], Any],
-    share: float = 1.0,
-    rng: np.random.Generator | None = None,
-) -> Any:
-    """(piece, times (n,), vectors (n, dim)) of each span; with a `share` below 1 of a random part
-    of its frames.
-    """
-    by_file: dict[str, dict[str, _Piece]] = {}
-    for piece in pieces:
-        by_file.setdefault(piece.file, {})[piece.span_id] = piece
-    for file, wanted in by_file.items():
-        columns = ["span_id", "frame", "pts_s", "dino" if project.__name__ == "project" else "clip"]
-        table = pa.concat_tables(corpus.frames(file, columns))
-        ids = table["span_id"].to_numpy(zero_copy_only=False)
-        for span, piece in wanted.items():
-            rows = np.flatnonzero(ids == span)
-            if len(rows) != piece.frames:
-                raise RuntimeError(
-                    f"{file} holds {len(rows)} frames of span {span}, not {piece.frames}"
-                )
-            if rng is not None and share < 1:
-                rows = rows[rng.random(len(rows)) < share]
-            if len(rows):
-                part = table.take(pa.array(rows))
-                yield piece, part["pts_s"].to_numpy(), project(part)
+    groups: list[list[Content]],
+    spans: Spans,
+    recipe: parts.Recipe,
+    salt: str,
+    report: Report,
+) -> list[dict[str, Any]]:
+    """Makes the rows of new shards, in parallel; gives their entries."""
+    gpus = 1 if recipe.projector and runtime.gpus() else 0
+    jobs = [
+        _task(parts.shard_rows, gpus)(
+            corpus.url,
+            key_of("rows", salt, asdict(recipe), [[c.video_id, c.generation] for c in group]),
+            parts.pieces_of(group, spans),
+            recipe,
+        )
+        for group in groups
+    ]
+    return _finished(jobs, "rows", report)
 
 
-def _videos_table(videos: list[VideoState]) -> pa.Table:
-    return pa.Table.from_pylist(
-        [
-            {
-                "uri": v.uri,
-                "video_id": v.video_id,
-                "zero_s": v.zero_s,
-                "duration_s": v.duration_s,
-                "recorded_at": v.recorded_at,
-                "recorded_at_source": v.recorded_at_source,
-            }
-            for v in videos
-        ]
+def _task(function: Callable[..., Any], gpus: int = 0, cpus: int = 1) -> Callable[..., Any]:
+    """A function that runs as a Ray task, with so many GPUs and cores."""
+    submit: Callable[..., Any] = ray.remote(num_cpus=cpus, num_gpus=gpus)(function).remote
+    return submit
+
+
+def _finished(jobs: list[Any], stage: str, report: Report) -> list[Any]:
+    """The results of tasks, reported as they come."""
+    report(stage, 0, len(jobs))
+    waiting = list(jobs)
+    while waiting:
+        _, waiting = ray.wait(waiting)
+        report(stage, len(jobs) - len(waiting), len(jobs))
+    return list(ray.get(jobs))
+
+
+# ── quantizer, queries, codes ────────────────────────────────────────────────────────────────────
+
+
+def _sample(corpus: Corpus, shards: list[dict[str, Any]], wanted: int) -> list[Any]:
+    """References to what `_shard_sample` gives, about `wanted` vectors of all shards, evenly drawn."""
+    total = sum(shard["rows"] for shard in shards)
+    counts = [math.ceil(wanted * shard["rows"] / total) for shard in shards]
+    return [
+        _task(parts.shard_sample)(corpus.url, shard, count)
+        for shard, count in zip(shards, counts, strict=True)
+    ]
+
+
+def _make_quantizer(corpus: Corpus, shards: list[dict[str, Any]], total: int) -> dict[str, Any]:
+    nlist = cells_for(total)
+    key = key_of("quantizer", nlist, [shard["key"] for shard in shards])
+    gpus = 1 if runtime.gpus() else 0
+    sample = _sample(corpus, shards, ROWS_PER_CELL * nlist)
+    made: dict[str, Any] = ray.get(
+        _task(parts.train, gpus, runtime.cpus_of_smallest_node())(
+            corpus.url, key, nlist, total, *sample
+        )
     )
+    return made
 
 
-def _put(corpus: Corpus, version: str, name: str, path: Path) -> dict[str, Any]:
-    entry = {"name": name, "sha256": sha256(path), "size_bytes": path.stat().st_size}
-    corpus.put(str(path), f"index/{version}/{name}")
-    return entry
+def _make_queries(
+    corpus: Corpus,
+    shards: list[dict[str, Any]],
+    sentences: list[str],
+    former: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The queries on which recall is measured: the sentences, and frames of the index; those of the
+    former snapshot as long as the sentences are the same, so that its shards need not be asked again.
+    """
+    asked = key_of(sentences, asdict(corpus.config.clip))
+    if former and former["queries"]["asked"] == asked:
+        return dict(former["queries"])
+    key = key_of("queries", asked, [shard["key"] for shard in shards])
+    made: dict[str, Any] = ray.get(
+        _task(parts.encode_queries)(
+            corpus.url, key, asked, sentences, *_sample(corpus, shards, FRAME_QUERIES)
+        )
+    )
+    return made
 
 
-def _put_table(corpus: Corpus, version: str, name: str, table: pa.Table) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        pq.write_table(table, path, compression="zstd")
-        return _put(corpus, version, name, path)
+def _make_codes(
+    corpus: Corpus,
+    shards: list[dict[str, Any]],
+    quantizer: dict[str, Any],
+    queries: dict[str, Any],
+    least: int,
+    report: Report,
+) -> list[dict[str, Any]]:
+    """Codes the shards of more than `least` rows that are not yet, and asks each the queries; gives the
+    entries of all.
+    """
+    gpus = 1 if runtime.gpus() else 0
+    made_with = [quantizer["key"], queries["key"]]
+    todo = [n for n, shard in enumerate(shards) if shard.get("made_with") != made_with]
+    jobs = [
+        _task(parts.shard_codes, gpus)(
+            corpus.url, shards[n], quantizer, queries, shards[n]["rows"] > least
+        )
+        for n in todo
+    ]
+    made = dict(zip(todo, _finished(jobs, "codes", report), strict=True))
+    return [made.get(n, shard) | {"made_with": made_with} for n, shard in enumerate(shards)]
+
+
+# ── what a snapshot tells ────────────────────────────────────────────────────────────────────────
+
+
+def _tune(
+    snapshots: Snapshots, shards: list[dict[str, Any]], queries: dict[str, Any], min_recall: float
+) -> dict[str, Any]:
+    """The cheapest setting that reaches `min_recall`, and the curve that it was chosen from."""
+    coded = [shard for shard in shards if shard["codes_file"]]
+    cells = sum(np.load(snapshots.path(s["cells_file"]), allow_pickle=False) for s in coded)
+    probes = (_probe(snapshots, shard) for shard in coded)
+    points = recall.curve(reduce(add, probes), queries["text"])
+    return {
+        "min_recall": min_recall,
+        "text_queries": queries["text"],
+        "frame_queries": queries["frames"],
+        "setting": asdict(recall.cheapest(points, min_recall)),
+        "curve": recall.as_json(points),
+        "imbalance": imbalance(cells),
+    }
+
+
+def _probe(snapshots: Snapshots, shard: dict[str, Any]) -> recall.Probe:
+    with np.load(snapshots.path(shard["probe_file"]), allow_pickle=False) as arrays:
+        return recall.Probe.from_arrays(arrays)
+
+
+def _warnings(manifest: dict[str, Any], former: dict[str, Any] | None, new: int) -> list[str]:
+    """Where the quantizer of the former snapshots no longer fits what was added."""
+    if former is None:
+        return []
+    quantizer, tuning, found = manifest["quantizer"], manifest["tuning"], []
+    lowest = min((shard["mean_cosine"] for shard in manifest["shards"][-new:] if new), default=1.0)
+    if lowest < quantizer["mean_cosine"] - 0.05:
+        found.append(
+            f"What was added is unlike what the quantizer was trained on (mean cosine to its "
+            f"centroids {lowest:.2f}, {quantizer['mean_cosine']:.2f} before)."
+        )
+    if tuning["imbalance"] > max(3.0, 1.5 * quantizer["imbalance"]):
+        found.append(
+            f"The cells are filled unevenly (imbalance {tuning['imbalance']:.1f}, "
+            f"{quantizer['imbalance']:.1f} when the quantizer was trained)."
+        )
+    lost = _recall_at(former, former) - _recall_at(manifest, former)
+    if lost > 0.02:
+        found.append(f"Recall on the same queries at the same setting fell by {lost:.3f}.")
+    if manifest["rows"] > GROWTH * quantizer["rows"]:
+        found.append(
+            f"There are {manifest['rows'] / quantizer['rows']:.0f} times the rows that the quantizer "
+            f"was trained on."
+        )
+    return [f"{text} Run 'vsearch index --retrain'." for text in found]
+
+
+def _recall_at(manifest: dict[str, Any], chosen: dict[str, Any]) -> float:
+    """Recall@200 on text in one snapshot, at the setting of another."""
+    setting = chosen["tuning"]["setting"]
+    curve: list[dict[str, Any]] = manifest["tuning"]["curve"]
+    found = (p for p in curve if Setting(p["nprobe"], p["per_hit"]) == Setting(**setting))
+    return float(next(found)["recall_200_text"])
+
+
+def _videos_table(
+    states: list[VideoState], contents: list[Content], shards: dict[Content, int]
+) -> pa.Table:
+    rows = [
+        {
+            **asdict(content),
+            "shard": shards[content],
+            **{name: getattr(state, name) for name in _STATE_COLUMNS},
+            "tags": sorted(state.tags.items()),
+        }
+        for state, content in zip(states, contents, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=SNAPSHOT_VIDEOS)
+
+
+_STATE_COLUMNS = ("uri", "copies", "zero_s", "duration_s", "recorded_at", "recorded_at_source")
+
+
+def _summary(manifest: dict[str, Any], shards_new: int, published: bool) -> IndexSummary:
+    return IndexSummary(
+        snapshot=manifest["version"],
+        new=published,
+        **{name: manifest[name] for name in ("kind", "space", "rows", "frames", "warnings")},
+        shards=len(manifest["shards"]),
+        shards_new=shards_new,
+    )

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -11,19 +12,30 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vsearch.config import TrainConfig, UserError, encoder_names
+from vsearch.config import (
+    GRACE_HOURS,
+    KEPT_SNAPSHOTS,
+    MIN_RECALL,
+    TrainConfig,
+    UserError,
+    encoder_names,
+)
 from vsearch.show import (
     STATUS_ROWS,
     IngestView,
     console,
     coverage_line,
+    draw_recall,
     emit,
     figures_table,
     index_line,
+    index_summary_line,
     print_dry_run,
     print_videos,
     progress_bar,
+    recall_table,
     results_table,
+    snapshots_table,
 )
 
 app = typer.Typer(
@@ -73,7 +85,21 @@ TimePatternOption = Annotated[
         "--time-pattern", help="Recording time in file names, as for strptime: %Y%m%d_%H%M%S (UTC)."
     ),
 ]
-KindOption = Annotated[str, typer.Option("--kind", help="auto, flat or ivfpq.")]
+KindOption = Annotated[
+    str, typer.Option("--kind", help="auto (by the number of rows), flat (exact) or ivfpq.")
+]
+RowsOption = Annotated[
+    str,
+    typer.Option(
+        "--rows", help="moments (neighbouring frames that are alike share one) or frames."
+    ),
+]
+MinRecallOption = Annotated[
+    float,
+    typer.Option(
+        "--min-recall", help="Mean recall@200 on text queries; below it nothing is published."
+    ),
+]
 SpaceOption = Annotated[
     str, typer.Option("--space", help="projected (DINO through the projector) or clip.")
 ]
@@ -97,17 +123,20 @@ SourcesArgument = Annotated[
     ),
 ]
 DEFAULT_CORPUS = "corpus"
+LISTED_FILES = 20
 
 
 def main() -> None:
-    """Runs the command line. A user's mistake is one sentence on stderr and exit code 2."""
+    """Runs the command line. A user's mistake is one sentence on stderr and exit code 2; 3 is for an
+    index that does not reach its recall.
+    """
     try:
         app(standalone_mode=False)
     except UserError as error:
         console.print(
             f"[bold red]vsearch:[/] {escape(str(error))}", highlight=False, soft_wrap=True
         )
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except PermissionError as error:
         console.print(
             f"[bold red]vsearch:[/] {escape(str(error))}", highlight=False, soft_wrap=True
@@ -168,6 +197,7 @@ def ingest(
     from vsearch.corpus import Corpus
     from vsearch.coverage import as_dict
     from vsearch.ingest import ingest as run
+    from vsearch.snapshots import Snapshots
 
     names = encoder_names(models, dino, clip)
     began = time.monotonic()
@@ -193,7 +223,7 @@ def ingest(
     stored = Corpus(corpus)
     states = stored.states()
     if as_json:
-        emit(as_dict(states, stored.indexed()))
+        emit(as_dict(states, Snapshots(stored).indexed()))
     else:
         console.print(coverage_line(states), highlight=False)
         print_videos(console, states, only_flawed=True)
@@ -240,28 +270,159 @@ def index(
     corpus: CorpusOption = DEFAULT_CORPUS,
     kind: KindOption = "auto",
     space: SpaceOption = "projected",
+    rows: RowsOption = "moments",
+    queries: Annotated[
+        str | None,
+        typer.Option("--queries", help="Sentences, one a line, to measure recall on."),
+    ] = None,
+    min_recall: MinRecallOption = MIN_RECALL,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Fit the quantizer anew to all that is there now.")
+    ] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make all of it anew, as when a part is damaged.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Show the recall at each setting, and draw it (PNG).")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Build the index of all embedded frames and publish it.
+    """Build the index of all embedded frames and publish it; only what is new is done.
 
-    Example: [bold]vsearch index --corpus ./corpus --kind ivfpq[/]
+    Ends with exit code 3, and publishes nothing, where no setting reaches --min-recall.
+
+    Examples:
+
+    [bold]vsearch index --corpus ./corpus --report[/]
+
+    [bold]vsearch index --corpus s3://archive/corpus --queries ours.txt --min-recall 0.99[/]
     """
     from vsearch.build_index import build_index
+    from vsearch.corpus import Corpus
+    from vsearch.snapshots import Snapshots
 
+    words = {"rows": "making rows of the frames", "codes": "coding shards, measuring recall"}
     with progress_bar() as bar:
-        task = bar.add_task("building shards", total=None, note="")
+        task = bar.add_task("reading what is there", total=None, note="")
         summary = build_index(
             corpus,
             kind,
             space,
-            report=lambda done, total: bar.update(task, completed=done, total=total),
+            rows,
+            queries,
+            min_recall,
+            retrain,
+            rebuild,
+            report=lambda stage, done, total: bar.update(
+                task, description=words[stage], completed=done, total=total
+            ),
         )
-    console.print(
-        f"snapshot {summary.snapshot} ({'new' if summary.new else 'up to date'}): {summary.kind}, "
-        f"{summary.rows} rows in {summary.shards} shards, {summary.space} space"
-    )
+    console.print(index_summary_line(summary), highlight=False)
+    for warning in summary.warnings:
+        console.print(f"[yellow]{escape(warning)}[/]", highlight=False)
+    manifest = Snapshots(Corpus(corpus)).manifest(summary.snapshot) if report else None
+    if manifest and manifest["tuning"] is None:
+        console.print("Every row is compared with the query: recall is 1, there is no curve.")
+    elif manifest:
+        Console().print(recall_table(manifest["tuning"]))
+        console.print(f"The curve is drawn in [bold]{draw_recall(manifest, Path.cwd())}[/].")
     if as_json:
         emit(asdict(summary))
+
+
+@app.command()
+def snapshots(corpus: CorpusOption = DEFAULT_CORPUS, as_json: JsonOption = False) -> None:
+    """List the published versions of the index.
+
+    Example: [bold]vsearch snapshots --corpus ./corpus[/]
+    """
+    from vsearch.corpus import Corpus
+    from vsearch.snapshots import Snapshots
+
+    found = Snapshots(Corpus(corpus))
+    current = found.require_current()
+    manifests = []
+    for version in found.versions():
+        try:
+            manifests.append(found.manifest(version))
+        except UserError as error:
+            console.print(f"[red]{escape(str(error))}[/]", highlight=False)
+    if as_json:
+        names = ("version", "parent", "created_at", "kind", "space", "rows", "frames")
+        listed = [{name: m[name] for name in names} for m in manifests]
+        emit({"current": current, "snapshots": listed})
+    else:
+        Console().print(snapshots_table(manifests, current))
+
+
+@app.command()
+def rollback(
+    version: Annotated[
+        str | None, typer.Argument(help="A version; without it the one before the current.")
+    ] = None,
+    corpus: CorpusOption = DEFAULT_CORPUS,
+) -> None:
+    """Go back to an earlier version of the index.
+
+    Example: [bold]vsearch rollback --corpus ./corpus[/]
+    """
+    from vsearch.corpus import Corpus
+    from vsearch.snapshots import Snapshots
+
+    now = Snapshots(Corpus(corpus)).roll_back(version)
+    console.print(f"Snapshot {now} is in use.", highlight=False)
+
+
+@app.command()
+def gc(
+    corpus: CorpusOption = DEFAULT_CORPUS,
+    keep: Annotated[
+        int, typer.Option("--keep", min=1, help="How many snapshots to keep, the current one last.")
+    ] = KEPT_SNAPSHOTS,
+    grace_hours: Annotated[
+        float, typer.Option("--grace-hours", min=0, help="What is younger stays.")
+    ] = GRACE_HOURS,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take away index files that no kept snapshot needs. Frames and videos are never touched.
+
+    Example: [bold]vsearch gc --corpus ./corpus --keep 2 --dry-run[/]
+    """
+    from vsearch.corpus import Corpus
+    from vsearch.snapshots import Snapshots
+
+    gone = Snapshots(Corpus(corpus)).collect(keep, grace_hours * 3600, dry_run)
+    for name in gone[:LISTED_FILES]:
+        console.print(f"  {escape(name)}", highlight=False)
+    more = " (--json lists all)" if len(gone) > LISTED_FILES else ""
+    console.print(f"{len(gone)} files {'would go' if dry_run else 'are gone'}{more}.")
+    if as_json:
+        emit({"removed": [] if dry_run else gone, "would_remove": gone if dry_run else []})
+
+
+@app.command()
+def verify(corpus: CorpusOption = DEFAULT_CORPUS, as_json: JsonOption = False) -> None:
+    """Check every file of a corpus, and that they fit together; exit code 1 if something is damaged.
+
+    Example: [bold]vsearch verify --corpus ./corpus[/]
+    """
+    from vsearch.verify import verify as run
+
+    with console.status("checking") as line:
+        found = run(corpus, lambda name: line.update(f"checking {escape(name)}"))
+    counts = ", ".join(f"{number} {kind}" for kind, number in found.checked.items())
+    console.print(f"Checked: {counts}.", highlight=False)
+    for name, reason in found.damaged:
+        console.print(f"[red]damaged[/] {escape(name)}: {escape(reason)}", highlight=False)
+    for name in found.orphans:
+        console.print(f"[dim]not needed[/] {escape(name)}", highlight=False)
+    if not found.damaged:
+        console.print("[green]Nothing is damaged.[/]")
+    if as_json:
+        emit(asdict(found))
+    if found.damaged:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -298,19 +459,56 @@ def search(
     corpus: CorpusOption = DEFAULT_CORPUS,
     limit: LimitOption = 10,
     max_gap: GapOption = 1.0,
+    video: Annotated[
+        list[str] | None, typer.Option("--video", help="Only in this video: URI or id; repeatable.")
+    ] = None,
+    path: Annotated[
+        list[str] | None, typer.Option("--path", help="Only URIs like this glob; repeatable.")
+    ] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option("--tag", help="Only videos with NAME=VALUE; repeatable.")
+    ] = None,
+    from_s: Annotated[
+        float | None, typer.Option("--from", help="Not before this second of a video.")
+    ] = None,
+    to_s: Annotated[
+        float | None, typer.Option("--to", help="Not after this second of a video.")
+    ] = None,
+    after: Annotated[
+        datetime | None, typer.Option("--after", help="Recorded after this time (UTC).")
+    ] = None,
+    before: Annotated[
+        datetime | None, typer.Option("--before", help="Recorded before this time (UTC).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the moments that answer a sentence.
 
-    Example: [bold]vsearch search "a red car on the beach" --limit 5[/]
+    Examples:
+
+    [bold]vsearch search "a red car on the beach" --limit 5[/]
+
+    [bold]vsearch search "someone at the door" --path '*/yard/*' --after 2026-05-01 --tag site=north[/]
     """
     import vsearch
+    from vsearch.filters import Filter
 
-    results = vsearch.open(corpus).search(query, limit, max_gap)
+    pairs = [text.partition("=") for text in tag or []]
+    if any(not equals for _, equals, _ in pairs):
+        raise UserError(f"--tag takes NAME=VALUE, not {' '.join(tag or [])!r}.")
+    where = Filter(
+        tuple(video or ()), tuple(path or ()), {name: value for name, _, value in pairs},
+        from_s, to_s, after, before,
+    )  # fmt: skip
+    results = vsearch.open(corpus).search(
+        query, limit, max_gap, where if where != Filter() else None
+    )
     if as_json:
         emit(results.to_dict())
     else:
         Console().print(results_table(results))
+    if not results and where != Filter():
+        console.print("No moment of the index satisfies the filters.")
 
 
 @app.command()
@@ -359,9 +557,10 @@ def status(
     """
     from vsearch.corpus import Corpus
     from vsearch.coverage import as_dict
+    from vsearch.snapshots import Snapshots
 
     stored = Corpus(corpus)
-    states, indexed = stored.states(), stored.indexed()
+    states, indexed = stored.states(), Snapshots(stored).indexed()
     if as_json:
         emit(as_dict(states, indexed))
         return

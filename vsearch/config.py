@@ -8,9 +8,22 @@ FORMAT_VERSION = 2
 
 DEMO_MODELS = Path(__file__).parent / "demo" / "models"
 
+MIN_RECALL = 0.97
+"""Mean recall@200 on text queries that an index must reach to be published."""
+
+KEPT_SNAPSHOTS = 3
+"""So many snapshots stay when others are taken away: the one in use and those before it."""
+
+GRACE_HOURS = 24.0
+"""What is younger is never taken away: a build may be about to use it, a reader may be reading it."""
+
 
 class UserError(Exception):
-    """A mistake that the user can mend: its message is one clear sentence that says how."""
+    """A mistake that the user can mend: its message is one clear sentence that says how. A command
+    that meets it ends with `exit_code`.
+    """
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Files are immutable. They are written under a temporary name first (on object st
 so whatever has its final name is whole.
 """
 
+import fcntl
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 from vsearch.config import FORMAT_VERSION, CorpusConfig, Encoder, Sampling, UserError
 from vsearch.coverage import VideoState, video_state
 from vsearch.schema import SPANS_KEY, VIDEOS, SpanRecord
-from vsearch.storage import RANGE_BYTES, filesystem, is_local, open_file, persist
+from vsearch.storage import RANGE_BYTES, filesystem, is_local, is_refused, open_file, persist
 
 READERS = 16
 FOOTER_BYTES = 1 << 16
@@ -93,10 +95,59 @@ class Corpus:
             return False
         return True
 
+    def swap(self, name: str, expected: bytes | None, data: bytes) -> bool:
+        """Puts `data` in the place of `expected` (None: of nothing) and returns True; returns False and
+        changes nothing if the file holds something else by then. Of several at once, one wins: by a
+        lock on disk, by a conditional PUT on S3; other storages can only look before they write.
+        """
+        if self._local:
+            with self._locked(name):
+                if self._content(name) != expected:
+                    return False
+                self.write(name, data)
+            return True
+        if expected is None:
+            return self.write_new(name, data) or self._content(name) == data
+        mark = persist(partial(self.fs.info, self.path(name), refresh=True)).get("ETag")
+        if self._content(name) != expected:
+            return False
+        condition = {"IfMatch": mark} if "s3" in self.fs.protocol and mark else {}
+        try:
+            persist(partial(self.fs.pipe_file, self.path(name), data, **condition))
+        except OSError as error:
+            if not is_refused(error):
+                raise
+            return self._content(name) == data  # the answer to the first attempt may be lost
+        return True
+
+    def _content(self, name: str) -> bytes | None:
+        try:
+            return self.read(name)
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        path = Path(self.path(f"{name}.lock"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def modified_at(self, name: str) -> datetime:
+        """When a file was written, by the storage's clock."""
+        found: datetime = persist(partial(self.fs.modified, self.path(name)))
+        return found
+
     def remove(self, name: str) -> None:
         """Removes a file; does nothing where there is none."""
         with suppress(FileNotFoundError):
             persist(partial(self.fs.rm_file, self.path(name)))
+
+    def remove_folder(self, name: str) -> None:
+        """Removes a folder with all that is in it; does nothing where there is none."""
+        with suppress(FileNotFoundError):
+            persist(partial(self.fs.rm, self.path(name), recursive=True))
 
     def _temporary(self, name: str, data: bytes) -> Path:
         """A finished file on this disk under a name that nobody looks for."""
@@ -130,7 +181,7 @@ class Corpus:
 
     def write_table(self, name: str, table: pa.Table) -> None:
         sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         self.write(name, sink.getvalue())
 
     def files(self, folder: str, suffix: str = ".parquet") -> list[str]:
@@ -160,7 +211,10 @@ class Corpus:
         try:
             with self.open(name, range_bytes) as file:
                 yield file
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
+            # Arrow tells a wrong checksum as an OSError, as the storage tells what it fails at.
+            if isinstance(error, OSError) and "CRC" not in str(error):
+                raise
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{self.path(name)} is damaged or of another format: {reason}"
@@ -256,20 +310,21 @@ class Corpus:
             settled += 1
         return settled
 
-    def _spans_by_file(self) -> dict[str, list[SpanRecord]]:
-        def records(name: str) -> list[SpanRecord]:
-            with self._parquet(name, FOOTER_BYTES) as file:
-                metadata = pq.read_schema(file).metadata or {}
-            if SPANS_KEY not in metadata:
-                raise UserError(f"{self.path(name)} is not a frames file of a corpus.")
-            return [SpanRecord.from_json(record) for record in json.loads(metadata[SPANS_KEY])]
+    def records(self, name: str) -> list[SpanRecord]:
+        """The records of the spans in a frames file."""
+        with self._parquet(name, FOOTER_BYTES) as file:
+            metadata = pq.read_schema(file).metadata or {}
+        if SPANS_KEY not in metadata:
+            raise UserError(f"{self.path(name)} is not a frames file of a corpus.")
+        return [SpanRecord.from_json(record) for record in json.loads(metadata[SPANS_KEY])]
 
+    def _spans_by_file(self) -> dict[str, list[SpanRecord]]:
         while True:
             names = self.files("frames")
             new = [name for name in names if name not in self._footers]
             try:
                 with ThreadPoolExecutor(READERS) as pool:
-                    self._footers |= zip(new, pool.map(records, new), strict=True)
+                    self._footers |= zip(new, pool.map(self.records, new), strict=True)
             except FileNotFoundError:  # settled meanwhile: list again
                 continue
             return {name: self._footers[name] for name in names}
@@ -278,7 +333,8 @@ class Corpus:
         """The rows of one frames file, in pieces. Raises `UserError` if it was settled meanwhile."""
         try:
             with self._parquet(name) as file:
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=65536, columns=columns):
+                parquet = pq.ParquetFile(file, page_checksum_verification=True)
+                for batch in parquet.iter_batches(batch_size=65536, columns=columns):
                     yield pa.Table.from_batches([batch])
         except FileNotFoundError:
             raise UserError(
@@ -302,29 +358,6 @@ class Corpus:
             if any(row["status"] != "gone" for row in rows)
         ]
         return sorted(states, key=lambda state: state.uri)
-
-    def current_manifest(self) -> dict[str, Any] | None:
-        """The manifest of the snapshot in use, None when there is none yet."""
-        if not self.exists("index/CURRENT"):
-            return None
-        version = self.read("index/CURRENT").decode().strip()
-        found: dict[str, Any] = json.loads(self.read(f"index/{version}/manifest.json"))
-        return found
-
-    def indexed(self) -> dict[str, Any] | None:
-        """What the snapshot in use holds: `snapshot`, `kind`, `space`, `rows`, and `videos`, the set of
-        their ids. None when there is none yet.
-        """
-        manifest = self.current_manifest()
-        if manifest is None:
-            return None
-        with self._parquet(f"index/{manifest['version']}/{manifest['videos']['name']}") as file:
-            ids = pq.read_table(file, columns=["video_id"])["video_id"].to_pylist()
-        return {
-            "snapshot": manifest["version"],
-            **{name: manifest[name] for name in ("kind", "space", "rows")},
-            "videos": frozenset(ids),
-        }
 
 
 def _counted(by_file: dict[str, list[SpanRecord]]) -> dict[str, tuple[str, SpanRecord]]:

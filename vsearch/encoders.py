@@ -68,6 +68,17 @@ class ClipEncoder:
         self.record = Encoder(name, weights_digest(self._model), _clip_dim(self._model))
         self._model = self._model.to(self._device).eval()
 
+    @classmethod
+    def recorded(cls, record: Encoder) -> "ClipEncoder":
+        """The encoder of a corpus. Raises `UserError` if its weights are not those recorded."""
+        encoder = cls(record.model)
+        if encoder.record != record:
+            raise UserError(
+                f"The weights of {record.model} ({encoder.record.revision}) are not those that the "
+                f"corpus was made with ({record.revision})."
+            )
+        return encoder
+
     @torch.inference_mode()
     def encode_images(self, pixels: Pixels) -> Tensor:
         frames = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2)

@@ -1,19 +1,93 @@
-"""From scored rows to segments: pure arithmetic on one video's timeline."""
+"""From frames to moments, and from scored rows to segments: pure arithmetic on one video's timeline.
 
-from collections.abc import Callable
+A moment is a run of neighbouring frames so alike that one row of the index stands for them.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 Scores = NDArray[np.float32]
 Seconds = NDArray[np.float64]
+Vectors = NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The moments of one video in time order. `vectors` is float16 (m, dim), the normalised mean of
+    the frames of each; `start_s`, `end_s` (m,) when it begins and when the next picture comes,
+    `best_s` (m,) the time of the frame most like the mean, `frames` (m,) int32 how many there are.
+    """
+
+    vectors: Vectors
+    start_s: Seconds
+    end_s: Seconds
+    best_s: Seconds
+    frames: NDArray[np.int32]
+
+
+def moments_of(
+    pts_s: Seconds, vectors: Vectors, alike: float | None, at_once: int = 1 << 16
+) -> Iterator[Moments]:
+    """The moments of a video, from the times (n,) of its frames in order and their unit vectors float16
+    (n, dim); in pieces of `at_once` frames, whatever its length. A moment goes on as long as each
+    frame has a cosine of at least `alike` to its first one, and none is lacking between them; with
+    None every frame is a moment.
+    """
+    ends_s = frame_ends(pts_s)
+    for first in range(0, len(pts_s), at_once):
+        piece = slice(first, first + at_once)
+        yield _moments(pts_s[piece], ends_s[piece], vectors[piece], alike)
+
+
+def _moments(
+    pts_s: Seconds, end_s: Seconds, vectors: Vectors, alike: float | None, piece: int = 64
+) -> Moments:
+    if alike is None:
+        return Moments(vectors, pts_s, end_s, pts_s, np.ones(len(pts_s), np.int32))
+    whole = np.asarray(vectors, np.float32)
+    holes = np.append(pts_s[1:] > end_s[:-1] + 1e-6, True)
+    firsts, row = [], 0
+    while row < len(whole):
+        firsts.append(row)
+        stop = row + 1
+        limit = row + 1 + int(np.argmax(holes[row:]))
+        while stop < limit:
+            part = whole[stop : min(limit, stop + piece)]
+            same = _run(part @ whole[row] >= alike)
+            stop += same
+            if same < len(part):
+                break
+        row = stop
+    edges = np.array([*firsts, len(whole)])
+    frames = np.diff(edges).astype(np.int32)
+    means = np.add.reduceat(whole, edges[:-1], axis=0)
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    likeness = np.einsum("nd,nd->n", whole, np.repeat(means, frames, axis=0))
+    best = [a + int(np.argmax(likeness[a:b])) for a, b in pairwise(edges.tolist())]
+    return Moments(
+        means.astype(np.float16), pts_s[edges[:-1]], end_s[edges[1:] - 1], pts_s[best], frames
+    )
+
+
+def frame_ends(pts_s: Seconds) -> Seconds:
+    """When each frame (n,) of a video gives way to the next; the last, and one before a hole, lasts as
+    long as the video's frames usually do.
+    """
+    steps = np.diff(pts_s)
+    usual = float(np.median(steps[steps > 0])) if (steps > 0).any() else 0.04
+    lasting = np.append(steps, usual)
+    ends: Seconds = pts_s + np.where((lasting <= 0) | (lasting > 5 * usual), usual, lasting)
+    return ends
 
 
 @dataclass(frozen=True)
 class Stretch:
     """Rows first … last of one video that answer together; `best` is the row of the peak, `score`
-    the mean score of the rows at or above the threshold."""
+    the mean score over the time of the rows at or above the threshold."""
 
     first: int
     last: int
@@ -44,7 +118,7 @@ def grow(
     """
     top = float(scores(peak, peak + 1)[0])
     threshold = (top + background) / 2
-    edges, total, count = [peak, peak], top, 1
+    edges, rows_taken, values_taken = [peak, peak], [np.array([peak])], [np.array([top])]
     for side, (bound, step) in enumerate([(lowest - 1, -1), (highest, 1)]):
         row = peak + step
         while row != bound:
@@ -58,16 +132,17 @@ def grow(
             joined = strong[: _run(start_s[later] - end_s[sooner] <= max_gap_s)]
             if len(joined):
                 edges[side] = int(rows[joined[-1]])
-                total, count = (
-                    total + float(values[joined].sum(dtype=np.float64)),
-                    count + len(joined),
-                )
+                rows_taken.append(rows[joined])
+                values_taken.append(values[joined])
             end, edge = int(rows[-1]), edges[side]
             away_s = start_s[end] - end_s[edge] if step > 0 else start_s[edge] - end_s[end]
             if len(joined) < len(strong) or free < len(rows) or away_s > max_gap_s:
                 break
             row += len(rows) * step
-    return Stretch(edges[0], edges[1], peak, total / count)
+    strong_rows = np.concatenate(rows_taken)
+    lasting_s = np.maximum(end_s[strong_rows] - start_s[strong_rows], 1e-6)
+    mean = float(np.average(np.concatenate(values_taken).astype(np.float64), weights=lasting_s))
+    return Stretch(edges[0], edges[1], peak, min(mean, top))
 
 
 def _run(good: NDArray[np.bool_]) -> int:

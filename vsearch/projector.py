@@ -4,14 +4,19 @@ Shapes: b = pairs of this rank, g = pairs of all ranks, d = DINO's width, c = CL
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor, nn
+
+from vsearch.corpus import Corpus
 
 
 class Projector(nn.Module):
@@ -90,3 +95,24 @@ def paired_metrics(projected: Tensor, clip: Tensor) -> dict[str, float]:
         "cosine": float((queries * keys).sum(-1).mean()),
         "recall@1": float((nearest == own).float().mean()),
     }
+
+
+def projection(
+    corpus: Corpus, version: str
+) -> tuple[str, Callable[[NDArray[np.float16]], NDArray[np.float16]]]:
+    """(column of the frames, function of its vectors (n, d)) that give unit vectors float16 (n, c) of
+    CLIP's space, by a projector of the corpus, on a GPU where this process has one.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = f"projector/{version}"
+    model = Projector.from_bytes(
+        corpus.read(f"{folder}/model.safetensors"), corpus.read(f"{folder}/config.json")
+    ).to(device)
+
+    @torch.inference_mode()
+    def project(vectors: NDArray[np.float16]) -> NDArray[np.float16]:
+        dino = torch.from_numpy(vectors).to(device).float()
+        projected: NDArray[np.float16] = F.normalize(model(dino), dim=-1).half().cpu().numpy()
+        return projected
+
+    return "dino", project

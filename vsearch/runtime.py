@@ -63,6 +63,8 @@ def user_errors() -> Iterator[None]:
     """Brings a `UserError` that was raised in a worker back as itself."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         # Ray wraps what a worker raises, in more than one way; a training keeps it by worker.
         waiting: list[BaseException | None] = [error]

@@ -58,12 +58,33 @@ def frames_schema(dino_dim: int, clip_dim: int) -> pa.Schema:
 
 ROWS = pa.schema(
     [
-        pa.field("video", pa.int32(), nullable=False),  # position in the manifest's list of videos
-        pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("video_id", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("start_s", pa.float64(), nullable=False),  # stream time, as of frames
         pa.field("end_s", pa.float64(), nullable=False),
+        pa.field("best_s", pa.float64(), nullable=False),  # the frame most like the row's vector
+        pa.field("frames", pa.int32(), nullable=False),  # how many frames the row stands for
     ]
 )
 """One row of the index, in the order of the shard's vectors: by video, then by time."""
+
+SNAPSHOT_VIDEOS = pa.schema(
+    [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field(
+            "shard", pa.int32(), nullable=False
+        ),  # where its rows count; elsewhere they are dead
+        pa.field("generation", pa.string(), nullable=False),  # changes when its frames do
+        pa.field("frames", pa.int64(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("copies", pa.list_(pa.string()), nullable=False),
+        pa.field("tags", pa.map_(pa.string(), pa.string()), nullable=False),
+        pa.field("zero_s", pa.float64(), nullable=False),
+        pa.field("duration_s", pa.float64()),
+        pa.field("recorded_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("recorded_at_source", pa.string(), nullable=False),
+    ]
+)
+"""One row for each video of a snapshot."""
 
 SPANS_KEY = b"vsearch.spans"
 """Key of a frames file's own metadata under which its span records lie, as a JSON list. Records and

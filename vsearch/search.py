@@ -5,13 +5,12 @@
 """
 
 import html
-import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -20,8 +19,10 @@ from numpy.typing import NDArray
 
 from vsearch.config import UserError
 from vsearch.corpus import Corpus
-from vsearch.index import DamagedIndexError, Shard, sha256
-from vsearch.moments import grow
+from vsearch.filters import Filter, Seconds
+from vsearch.index import DamagedIndexError, Index, Setting, Shard
+from vsearch.moments import Stretch, grow
+from vsearch.snapshots import Snapshots
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,14 +112,16 @@ def clock(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class _Timeline:
-    """A loaded shard with its rows: `video` (rows,) int32, `start_s`, `end_s` (rows,) float64, and
-    for each video number the rows that are its own.
+    """The rows of a shard. `video` (n,) int32, ascending, is the place of a row's video in the shard,
+    `numbers` (videos,) that video's in the snapshot, −1 if its rows count no longer; `start_s`,
+    `end_s`, `best_s` (n,) are as a player shows them.
     """
 
-    shard: Shard
     video: NDArray[np.int32]
+    numbers: NDArray[np.int64]
     start_s: NDArray[np.float64]
     end_s: NDArray[np.float64]
+    best_s: NDArray[np.float64]
 
 
 class Engine:
@@ -126,36 +129,50 @@ class Engine:
 
     def __init__(self, corpus_url: str, snapshot: str | None = None) -> None:
         self.corpus = Corpus(corpus_url)
-        self.snapshot = snapshot or current_snapshot(self.corpus)
-        name = f"index/{self.snapshot}/manifest.json"
-        try:
-            self.manifest: dict[str, Any] = json.loads(self.corpus.read(name))
-        except FileNotFoundError:
-            raise UserError(
-                f"The corpus at {corpus_url} has no snapshot {self.snapshot}."
-            ) from None
+        self._snapshots = Snapshots(self.corpus)
+        self.snapshot = snapshot or self._snapshots.require_current()
+        self.manifest = self._snapshots.manifest(self.snapshot)
         self._mean = np.asarray(self.manifest["mean"], np.float32)
-        self.videos = pq.read_table(self._file(self.manifest["videos"])).to_pylist()
-        self._timelines = [self._load(entry) for entry in self.manifest["shards"]]
+        table = self._snapshots.videos(self.manifest)
+        self.videos: list[dict[str, Any]] = [
+            row | {"tags": dict(row["tags"])} for row in table.to_pylist()
+        ]
+        with ThreadPoolExecutor() as pool:  # most of it is the SHA-256 of the files
+            loaded = list(pool.map(self._load, range(len(self.manifest["shards"]))))
+        self._timelines = [timeline for _, timeline in loaded]
+        tuning = self.manifest["tuning"]
+        self.index = Index(
+            [shard for shard, _ in loaded], Setting(**tuning["setting"]) if tuning else None
+        )
+        self._live = [timeline.numbers[timeline.video] >= 0 for timeline in self._timelines]
+        self._all_live = all(mask.all() for mask in self._live)
 
     @property
     def rows(self) -> int:
-        return sum(timeline.shard.rows for timeline in self._timelines)
+        """Rows that count."""
+        return sum(int(np.count_nonzero(mask)) for mask in self._live)
 
-    def search(self, query: str, limit: int = 10, max_gap_s: float = 1.0) -> Results:
-        """The `limit` strongest segments for a sentence. Neighbouring frames that answer about
-        equally well, with gaps of at most `max_gap_s` seconds, make one segment.
+    def search(
+        self, query: str, limit: int = 10, max_gap_s: float = 1.0, where: Filter | None = None
+    ) -> Results:
+        """The `limit` strongest segments for a sentence, of what `where` admits. Neighbouring frames
+        that answer about equally well, with gaps of at most `max_gap_s` seconds, make one segment.
         """
         if not query.strip():
             raise UserError("The query is empty: type what the moment should show.")
+        encoder = self.encoder  # the first query loads it, which is no part of an answer's time
         began = time.perf_counter()
-        vector = self.encoder.encode_text([query])[0]
-        segments = self.search_vector(vector, limit, max_gap_s)
+        vector = encoder.encode_text([query])[0]
+        segments = self.search_vector(vector, limit, max_gap_s, where)
         took_ms = (time.perf_counter() - began) * 1000
         return Results(query, self.snapshot, took_ms, tuple(segments))
 
     def search_vector(
-        self, vector: NDArray[np.float32], limit: int, max_gap_s: float = 1.0
+        self,
+        vector: NDArray[np.float32],
+        limit: int,
+        max_gap_s: float = 1.0,
+        where: Filter | None = None,
     ) -> list[Segment]:
         """As `search`, for a unit vector (dim,) of CLIP's space."""
         if limit < 1:
@@ -163,11 +180,15 @@ class Engine:
         if max_gap_s < 0:
             raise UserError(f"The largest gap must not be negative: {max_gap_s}.")
         background = float(self._mean @ vector)
-        taken = [np.zeros(timeline.shard.rows, bool) for timeline in self._timelines]
+        windows = (where or Filter()).windows(self.videos)
+        allowed = self._allowed(windows) if where else self._live
+        rows_left = sum(int(np.count_nonzero(mask)) for mask in allowed)
+        taken = [~mask for mask in allowed]
+        masks = None if where is None and self._all_live else allowed
         found: list[Segment] = []
         hits = FIRST_HITS
-        while True:
-            scores, parts, rows = self._hits(vector, hits)
+        while rows_left:
+            scores, parts, rows = self.index.search(vector, hits, masks)
             place = 0
             while (place := _next_free(taken, parts, rows, place)) < len(rows):
                 # A segment's score is a mean, so no more than its peak: weaker peaks cannot matter.
@@ -175,22 +196,21 @@ class Engine:
                 if len(strong) == limit and scores[place] <= strong[-1]:
                     break
                 part, row = int(parts[place]), int(rows[place])
-                found.append(self._grow(vector, part, row, background, max_gap_s, taken[part]))
+                stretch = self._grow(vector, part, row, background, max_gap_s, taken[part])
+                found.append(self._segment(self._timelines[part], stretch, windows))
             # Many hits may lie in few segments: ask for more until there are enough, or no more.
-            if len(found) >= limit or hits >= self.rows:
-                return sorted(found, key=lambda segment: -segment.score)[:limit]
+            if len(found) >= limit or hits >= rows_left:
+                break
             hits *= 4
+        return sorted(found, key=lambda segment: -segment.score)[:limit]
 
-    def _hits(
-        self, vector: NDArray[np.float32], hits: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-        """(scores, shards, rows) of the strongest hits over all shards, strongest first."""
-        answers = [timeline.shard.search(vector, hits) for timeline in self._timelines]
-        scores = np.concatenate([part for part, _ in answers])
-        rows = np.concatenate([part for _, part in answers])
-        shards = np.repeat(np.arange(len(answers)), [len(part) for part, _ in answers])
-        order = np.argsort(-scores, kind="stable")[:hits]
-        return scores[order], shards[order], rows[order]
+    def _allowed(self, windows: tuple[Seconds, Seconds]) -> list[NDArray[np.bool_]]:
+        """For each shard, the rows (n,) that count and overlap the window of their video."""
+        masks = []
+        for timeline, live in zip(self._timelines, self._live, strict=True):
+            first, last = (bound[timeline.numbers][timeline.video] for bound in windows)
+            masks.append(live & (timeline.end_s > first) & (timeline.start_s < last))
+        return masks
 
     def _grow(
         self,
@@ -200,8 +220,8 @@ class Engine:
         background: float,
         max_gap_s: float,
         taken: NDArray[np.bool_],
-    ) -> Segment:
-        """The segment around a row; marks its rows as taken."""
+    ) -> Stretch:
+        """The stretch around a row; marks its rows as taken."""
         timeline = self._timelines[part]
         number = timeline.video[row]
         lowest, highest = np.searchsorted(timeline.video, [number, number + 1])
@@ -209,7 +229,7 @@ class Engine:
             row,
             int(lowest),
             int(highest),
-            partial(timeline.shard.scores, vector),
+            partial(self.index.shards[part].scores, vector),
             timeline.start_s,
             timeline.end_s,
             background,
@@ -217,20 +237,24 @@ class Engine:
             taken,
         )
         taken[stretch.first : stretch.last + 1] = True
-        return self._segment(timeline, stretch.first, stretch.last, stretch.best, stretch.score)
+        return stretch
 
     def _segment(
-        self, timeline: _Timeline, first: int, last: int, best: int, score: float
+        self, timeline: _Timeline, stretch: Stretch, windows: tuple[Seconds, Seconds]
     ) -> Segment:
-        video = self.videos[int(timeline.video[best])]
-        start_s = float(timeline.start_s[first]) - video["zero_s"]
+        """A segment, as far as it lies in the window of its video."""
+        number = int(timeline.numbers[timeline.video[stretch.best]])
+        video, first, last = self.videos[number], windows[0][number], windows[1][number]
+        start_s = max(float(timeline.start_s[stretch.first]), first)
+        end_s = min(float(timeline.end_s[stretch.last]), last)
+        best_s = min(max(float(timeline.best_s[stretch.best]), start_s), end_s)
         recorded_at: datetime = video["recorded_at"] + timedelta(seconds=start_s)
         return Segment(
             video=video["uri"],
             start_s=round(start_s, 6),
-            end_s=round(float(timeline.end_s[last]) - video["zero_s"], 6),
-            best_s=round(float(timeline.start_s[best]) - video["zero_s"], 6),
-            score=round(score, 6),
+            end_s=round(end_s, 6),
+            best_s=round(best_s, 6),
+            score=round(stretch.score, 6),
             recorded_at=recorded_at.isoformat(),
             video_id=video["video_id"],
         )
@@ -240,44 +264,30 @@ class Engine:
         """CLIP, loaded at the first query; refused if its weights are not the corpus'."""
         from vsearch.encoders import ClipEncoder
 
-        recorded = self.corpus.config.clip
-        encoder = ClipEncoder(recorded.model)
-        if encoder.record != recorded:
-            raise UserError(
-                f"The weights of {recorded.model} ({encoder.record.revision}) are not those that the "
-                f"corpus was made with ({recorded.revision})."
-            )
-        return encoder
+        return ClipEncoder.recorded(self.corpus.config.clip)
 
-    def _load(self, entry: dict[str, Any]) -> _Timeline:
-        rows = pq.read_table(self._file(entry["rows_file"]))
-        ivf = entry.get("faiss_file")
+    def _load(self, number: int) -> tuple[Shard, _Timeline]:
+        entry = self.manifest["shards"][number]
+        path = self._snapshots.path
+        codes = entry["codes_file"]
         shard = Shard(
-            self._file(entry["vectors_file"]),
+            path(entry["vectors_file"]),
             entry["rows"],
             self.manifest["dim"],
-            self._file(ivf) if ivf else None,
-            self.manifest["nprobe"],
+            path(codes) if codes else None,
         )
+        rows = pq.read_table(path(entry["rows_file"]))
         if rows.num_rows != shard.rows:
             raise DamagedIndexError(f"{entry['rows_file']['name']} does not fit its vectors")
-        return _Timeline(
-            shard,
-            rows["video"].to_numpy(),
-            rows["start_s"].to_numpy(),
-            rows["end_s"].to_numpy(),
-        )
-
-    def _file(self, entry: dict[str, Any]) -> Path:
-        """A file of the snapshot on this machine's disk, checked against its SHA-256."""
-        name = f"index/{self.snapshot}/{entry['name']}"
-        local = self.corpus.local_path(name)
-        path = Path(local) if local else self.corpus.fetch(name, entry["sha256"])
-        if not path.exists():
-            raise DamagedIndexError(f"{name} is missing")
-        if sha256(path) != entry["sha256"]:
-            raise DamagedIndexError(f"{name} is damaged: its SHA-256 is not the manifest's")
-        return path
+        counted = {
+            video["video_id"]: n for n, video in enumerate(self.videos) if video["shard"] == number
+        }
+        ids = rows["video_id"].unify_dictionaries().combine_chunks()
+        video = ids.indices.to_numpy()
+        numbers = np.array([counted.get(v, -1) for v in ids.dictionary.to_pylist()], np.int64)
+        zeros = np.array([self.videos[n]["zero_s"] if n >= 0 else 0.0 for n in numbers])[video]
+        times = (rows[name].to_numpy() - zeros for name in ("start_s", "end_s", "best_s"))
+        return shard, _Timeline(video, numbers, *times)
 
 
 def _next_free(
@@ -299,14 +309,3 @@ def _next_free(
             return place + int(free[0])
         place = stop
     return len(rows)
-
-
-def current_snapshot(corpus: Corpus) -> str:
-    """The version that `index/CURRENT` names."""
-    try:
-        return corpus.read("index/CURRENT").decode().strip()
-    except FileNotFoundError:
-        corpus.config  # noqa: B018  says so if there is no corpus at all
-        raise UserError(
-            f"The corpus at {corpus.url} has no index yet: run 'vsearch build' or 'vsearch index' first."
-        ) from None

@@ -21,7 +21,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from vsearch import ingest
+    from vsearch import build_index, ingest
     from vsearch.coverage import VideoState
     from vsearch.search import Results
 
@@ -132,16 +132,16 @@ def coverage_line(states: "list[VideoState]") -> str:
 
 
 def index_line(states: "list[VideoState]", indexed: dict[str, Any] | None) -> str:
-    """What the index holds (see `Corpus.indexed`), and whether it is behind."""
+    """What the index holds (see `Snapshots.indexed`), and whether it is behind."""
     if indexed is None:
         return "[yellow]There is no index yet[/]: run vsearch train and vsearch index."
     line = (
-        f"Snapshot {indexed['snapshot']} answers from {indexed['rows']} rows of "
-        f"{len(indexed['videos'])} videos."
+        f"Snapshot {indexed['snapshot']} answers from {indexed['rows']} rows, which stand "
+        f"for {indexed['frames']} frames of {len(indexed['videos'])} videos."
     )
     lacking = sum(bool(s.frames) and s.video_id not in indexed["videos"] for s in states)
     frames = sum(state.frames for state in states)
-    if lacking or frames != indexed["rows"]:
+    if lacking or frames != indexed["frames"]:
         line += (
             f" [yellow]It is behind[/]: {lacking} embedded videos are not in it; run vsearch index."
         )
@@ -215,3 +215,97 @@ def figures_table(figures: dict[str, dict[str, Any]]) -> Table:
                 cells = [f"{values[n]:g}" if n in values else "" for n in names]
                 table.add_row(space if group == "all" else "", group, *cells)
     return table
+
+
+def index_summary_line(summary: "build_index.IndexSummary") -> str:
+    """What an index build left."""
+    made = (
+        f"{summary.shards_new} of {summary.shards} shards made now" if summary.new else "up to date"
+    )
+    return (
+        f"snapshot [bold]{summary.snapshot}[/] ({made}): {summary.kind}, {summary.rows} rows for "
+        f"{summary.frames} frames, {summary.space} space"
+    )
+
+
+def snapshots_table(manifests: list[dict[str, Any]], current: str) -> Table:
+    """The versions of an index, the oldest first."""
+    table = Table()
+    table.add_column("")
+    table.add_column("version", no_wrap=True)
+    for heading in ("kind", "space", "rows", "frames", "shards", "recall"):
+        table.add_column(heading, justify="left" if heading in ("kind", "space") else "right")
+    for manifest in manifests:
+        tuning = manifest["tuning"]
+        table.add_row(
+            "▶" if manifest["version"] == current else "",
+            manifest["version"],
+            manifest["kind"],
+            manifest["space"],
+            str(manifest["rows"]),
+            str(manifest["frames"]),
+            str(len(manifest["shards"])),
+            f"{_chosen(tuning)['recall_200_text']:.3f}" if tuning else "exact",
+        )
+    return table
+
+
+def _chosen(tuning: dict[str, Any]) -> dict[str, Any]:
+    """The point of the curve that is in use."""
+    setting = tuning["setting"]
+    found: dict[str, Any] = next(
+        p for p in tuning["curve"] if all(p[name] == value for name, value in setting.items())
+    )
+    return found
+
+
+def recall_table(tuning: dict[str, Any]) -> Table:
+    """The recall at each setting, and which one is in use."""
+    table = Table(
+        title=f"Recall on {tuning['text_queries']} sentences and {tuning['frame_queries']} frames, "
+        f"asked for {tuning['min_recall']:g}",
+        title_justify="left",
+    )
+    headings = {
+        "nprobe": "cells", "per_hit": "candidates/hit", "recall_200_text": "text @200",
+        "worst_text": "worst 5 %", "recall_10_text": "text @10",
+        "recall_200_frames": "frames @200", "p50_ms": "p50 ms",
+    }  # fmt: skip
+    table.add_column("")
+    for heading in headings.values():
+        table.add_column(heading, justify="right")
+    chosen = _chosen(tuning)
+    for point in tuning["curve"]:
+        table.add_row("▶" if point is chosen else "", *(f"{point[name]:g}" for name in headings))
+    return table
+
+
+def draw_recall(manifest: dict[str, Any], folder: Path) -> Path:
+    """Draws recall over time for the settings of a snapshot; gives the PNG's path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tuning = manifest["tuning"]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for per_hit in sorted({point["per_hit"] for point in tuning["curve"]}):
+        points = [point for point in tuning["curve"] if point["per_hit"] == per_hit]
+        times = [point["p50_ms"] for point in points]
+        (line,) = axes.plot(
+            times, [p["recall_200_text"] for p in points], "o-", label=f"{per_hit} candidates a hit"
+        )
+        axes.plot(times, [p["worst_text"] for p in points], ":", color=line.get_color())
+    chosen = _chosen(tuning)
+    axes.plot(chosen["p50_ms"], chosen["recall_200_text"], "k*", markersize=14, label="in use")
+    axes.axhline(tuning["min_recall"], color="grey", linewidth=0.8, label="asked for")
+    axes.set(
+        xscale="log",
+        xlabel="median of a search, one thread (ms)",
+        ylabel="recall@200 on text (dotted: worst 5 %)",
+        title=f"{manifest['rows']:,} rows, {manifest['quantizer']['nlist']} cells",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    path = folder / f"recall-{manifest['version']}.png"
+    FigureCanvasAgg(figure).print_png(str(path))
+    return path

@@ -105,6 +105,11 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, (OSError, EOFError)) or bool(homes & STORAGE_PACKAGES)
 
 
+def is_refused(error: BaseException) -> bool:
+    """Whether a conditional request was refused because its condition did not hold."""
+    return _answer(error)[0] == 412
+
+
 def _answer(error: BaseException) -> tuple[int | None, str]:
     """Status and code of the HTTP answer that an error stands for, (None, "") if for none."""
     for kind in (error, error.__cause__):  # s3fs puts an error of Python's before that of botocore

@@ -1,0 +1,257 @@
+"""The parts of a snapshot, each made by one task: rows of a shard, quantizer, queries, codes of a shard.
+
+Each function finds its part by its key if it is finished, else makes and stores it; it gives the
+part's entry for the manifest. None of them knows of the others, or of Ray.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from vsearch import recall
+from vsearch.corpus import Corpus, vector_matrix
+from vsearch.index import Shard, encode, fit, train_quantizer
+from vsearch.moments import moments_of
+from vsearch.schema import ROWS
+from vsearch.snapshots import Content, Snapshots, Spans, key_of
+
+Entry = dict[str, Any]
+
+TEST_SHARE = 0.05
+"""This share of the rows is not trained on: it tells how well a quantizer fits videos that are new."""
+
+FLAT: Entry = dict.fromkeys(("codes_file", "cells_file", "probe_file", "mean_cosine", "made_with"))
+"""What the entry of a shard without codes says of them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What rows are made of: `projector` is the version of the one in use, None for CLIP's own
+    vectors; `alike` the bound of a moment, None for a row a frame.
+    """
+
+    projector: str | None
+    alike: float | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored span in a shard: its frames start at `offset`."""
+
+    file: str
+    span_id: str
+    video_id: str
+    offset: int
+    frames: int
+
+
+def pieces_of(group: list[Content], spans: Spans) -> list[Piece]:
+    """The place of every span in its shard: by video, then by time."""
+    pieces: list[Piece] = []
+    offset = 0
+    for content in group:
+        for file, span in spans[content.video_id]:
+            pieces.append(Piece(file, span.span_id, content.video_id, offset, span.frames))
+            offset += span.frames
+    return pieces
+
+
+def shard_rows(corpus_url: str, key: str, pieces: list[Piece], recipe: Recipe) -> Entry:
+    """Writes a shard's vectors and rows; gives their entry."""
+    corpus = Corpus(corpus_url)
+    snapshots = Snapshots(corpus)
+    if found := snapshots.part(key):
+        return found
+    dim = corpus.config.clip.dim
+    frames = sum(piece.frames for piece in pieces)
+    pts_s = np.empty(frames, np.float64)
+    with tempfile.TemporaryDirectory() as folder:
+        of_frames = np.memmap(f"{folder}/frames", np.float16, mode="w+", shape=(frames, dim))
+        for piece, times, part in _read(corpus, pieces, recipe.projector):
+            place = slice(piece.offset, piece.offset + piece.frames)
+            of_frames[place], pts_s[place] = part, times
+        table, mean = _write_rows(pieces, pts_s, of_frames, recipe, Path(folder) / "vectors")
+        pq.write_table(table, f"{folder}/rows", compression="zstd")
+        return snapshots.finish(
+            key,
+            {
+                "rows": table.num_rows,
+                "frames": frames,
+                "mean": mean,
+                "vectors_file": snapshots.put(key, ".f16", Path(folder) / "vectors"),
+                "rows_file": snapshots.put(key, ".parquet", Path(folder) / "rows"),
+            },
+        )
+
+
+def _write_rows(
+    pieces: list[Piece], pts_s: Any, of_frames: Any, recipe: Recipe, path: Path
+) -> tuple[pa.Table, list[float]]:
+    """Writes the vectors of the rows; gives the rows, and the mean of the frames' vectors."""
+    videos = pa.array(dict.fromkeys(piece.video_id for piece in pieces))
+    total = np.zeros(of_frames.shape[1], np.float64)
+    tables = []
+    with path.open("wb") as file:
+        for number, (first, stop) in enumerate(pairwise(_edges(pieces))):
+            for found in moments_of(pts_s[first:stop], of_frames[first:stop], recipe.alike):
+                file.write(np.ascontiguousarray(found.vectors).tobytes())
+                total += np.asarray(found.vectors, np.float64).T @ found.frames
+                place = np.full(len(found.frames), number, np.int32)
+                video = pa.DictionaryArray.from_arrays(pa.array(place), videos)
+                columns = [video, found.start_s, found.end_s, found.best_s, found.frames]
+                tables.append(pa.table(columns, schema=ROWS))
+    return pa.concat_tables(tables), (total / len(pts_s)).tolist()
+
+
+def _edges(pieces: list[Piece]) -> list[int]:
+    """The frames at which videos begin, and the end of the last."""
+    firsts: dict[str, int] = {}
+    for piece in pieces:
+        firsts.setdefault(piece.video_id, piece.offset)
+    return [*firsts.values(), pieces[-1].offset + pieces[-1].frames]
+
+
+def _projection(
+    corpus: Corpus, projector: str | None
+) -> tuple[str, Callable[[NDArray[np.float16]], NDArray[np.float16]]]:
+    if projector is None:
+        return "clip", lambda vectors: vectors
+    from vsearch.projector import projection  # torch, which all else does without
+
+    return projection(corpus, projector)
+
+
+def _read(
+    corpus: Corpus, pieces: list[Piece], projector: str | None
+) -> Iterator[tuple[Piece, Any, Any]]:
+    """(piece, times (n,), vectors (n, dim)) of each span."""
+    column, project = _projection(corpus, projector)
+    by_file: dict[str, dict[str, Piece]] = {}
+    for piece in pieces:
+        by_file.setdefault(piece.file, {})[piece.span_id] = piece
+    for file, wanted in by_file.items():
+        table = pa.concat_tables(corpus.frames(file, ["span_id", "pts_s", column]))
+        ids = table["span_id"].to_numpy(zero_copy_only=False)
+        for span, piece in wanted.items():
+            rows = np.flatnonzero(ids == span)
+            if len(rows) != piece.frames:
+                raise RuntimeError(
+                    f"{file} holds {len(rows)} frames of span {span}, not {piece.frames}"
+                )
+            part = table.take(pa.array(rows))
+            yield piece, part["pts_s"].to_numpy(), project(vector_matrix(part[column]))
+
+
+def shard_sample(corpus_url: str, shard: Entry, count: int) -> tuple[Any, Any]:
+    """(at most `count` vectors, some others for a test), float32, evenly drawn from the shard. Those
+    for the test are of its last videos, of which the first ones have none: neighbours are alike.
+    """
+    with _vectors(Snapshots(Corpus(corpus_url)), shard) as vectors:
+        first = max(1, math.floor(len(vectors) * (1 - TEST_SHARE)))
+        parts = ((0, first, count), (first, len(vectors), math.ceil(count * TEST_SHARE)))
+        train, test = (
+            np.asarray(vectors[np.linspace(a, b - 1, min(n, b - a)).astype(np.int64)], np.float32)
+            for a, b, n in parts
+        )
+        return train, test
+
+
+@contextmanager
+def _vectors(snapshots: Snapshots, shard: dict[str, Any]) -> Iterator[Any]:
+    """The vectors of a shard, memory-mapped: float16 (rows, dim)."""
+    with snapshots.borrowed(shard["vectors_file"]) as path:
+        yield np.memmap(path, np.float16, mode="r").reshape(shard["rows"], -1)
+
+
+def train(corpus_url: str, key: str, nlist: int, rows: int, *sample: tuple[Any, Any]) -> Entry:
+    """Trains the quantizer; gives its entry, with the mean cosine of videos that it has not seen to its
+    centroids.
+    """
+    snapshots = Snapshots(Corpus(corpus_url))
+    if found := snapshots.part(key):
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "quantizer"
+        train, test = (np.concatenate(parts) for parts in zip(*sample, strict=True))
+        trained = train_quantizer(train, nlist)
+        path.write_bytes(trained)
+        entry = {
+            "nlist": nlist,
+            "rows": rows,
+            "mean_cosine": fit(trained, test)[0],
+            "quantizer_file": snapshots.put(key, ".faiss", path),
+        }
+    return snapshots.finish(key, entry)
+
+
+def encode_queries(
+    corpus_url: str, key: str, asked: str, sentences: list[str], *sample: tuple[Any, Any]
+) -> Entry:
+    from vsearch.encoders import ClipEncoder
+
+    corpus = Corpus(corpus_url)
+    snapshots = Snapshots(corpus)
+    if found := snapshots.part(key):
+        return found
+    text = ClipEncoder.recorded(corpus.config.clip).encode_text(sentences)
+    vectors = np.concatenate([text, *(frames for frames, _ in sample)]).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "queries.npy"
+        np.save(path, vectors, allow_pickle=False)
+        entry = {"asked": asked, "text": len(text), "frames": len(vectors) - len(text)}
+        return snapshots.finish(key, entry | {"queries_file": snapshots.put(key, ".npy", path)})
+
+
+def shard_codes(
+    corpus_url: str,
+    shard: Entry,
+    quantizer: Entry,
+    queries: Entry,
+    coded: bool,
+) -> Entry:
+    """The entry of a shard with its codes, what they recall, and how well the quantizer fits it."""
+    snapshots = Snapshots(Corpus(corpus_url))
+    codes_key = key_of("codes", shard["key"], quantizer["key"])
+    codes = snapshots.part(codes_key)
+    coded = coded or bool(shard.get("codes_file"))
+    if not coded:
+        with _vectors(snapshots, shard) as vectors:
+            trained = snapshots.path(quantizer["quantizer_file"]).read_bytes()
+            return shard | FLAT | {"mean_cosine": fit(trained, vectors)[0]}
+    with tempfile.TemporaryDirectory() as folder, _vectors(snapshots, shard) as vectors:
+        path = Path(folder) / "codes"
+        if codes is None:
+            trained = snapshots.path(quantizer["quantizer_file"]).read_bytes()
+            mean_cosine, filled = encode(trained, vectors, path)
+            np.save(f"{folder}/cells.npy", filled, allow_pickle=False)
+            codes = snapshots.finish(
+                codes_key,
+                {
+                    "mean_cosine": mean_cosine,
+                    "codes_file": snapshots.put(codes_key, ".faiss", path),
+                    "cells_file": snapshots.put(codes_key, ".npy", Path(folder) / "cells.npy"),
+                },
+            )
+        probe_key = key_of("probe", codes_key, queries["key"])
+        probe = snapshots.part(probe_key)
+        if probe is None:
+            asked = np.load(snapshots.path(queries["queries_file"]), allow_pickle=False)
+            with snapshots.borrowed(codes["codes_file"]) as codes_path:
+                rows, dim = vectors.shape
+                opened = Shard(Path(vectors.filename), rows, dim, codes_path)
+                found = recall.probe(opened, asked)
+            np.savez(f"{folder}/probe.npz", **found.arrays())
+            file = snapshots.put(probe_key, ".npz", Path(folder) / "probe.npz")
+            probe = snapshots.finish(probe_key, {"probe_file": file})
+    made = {name: value for name, value in (codes | probe).items() if name != "key"}
+    return shard | made
