@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vsearch import build_index as stage
 from vsearch.build_index import IndexSummary, build_index
 from vsearch.config import UserError
 from vsearch.corpus import Corpus
+from vsearch.filters import Filter
 from vsearch.recall import RecallError
 from vsearch.snapshots import Snapshots
 from vsearch.verify import verify
@@ -325,3 +327,46 @@ def test_a_killed_build_leaves_the_snapshot_and_goes_on_where_it_was(
         suffixes = [path.suffix for path in parts.glob(f"{key}-*")]
         assert len(suffixes) == len(set(suffixes))
     assert not verify(corpus.url).damaged
+
+
+def test_filters_leave_what_satisfies_them_and_nothing_else(tmp_path: Path) -> None:
+    corpus = Corpus(str(tmp_path / "corpus"))
+    day = datetime(2026, 5, 1, tzinfo=UTC)
+    for n, name in enumerate(NAMES):
+        tags = {"site": "north" if n % 2 else "south"}
+        recorded_at = day + timedelta(minutes=n)
+        add_video(corpus, name, uri=f"/videos/cam{n // 5}/{name}.mp4", tags=tags,
+                  recorded_at=recorded_at)  # fmt: skip
+    build(corpus)
+    engine = vsearch.open(corpus.url)
+    query = vectors_of("v31", 400)[57].astype(np.float32)
+    everything = engine.search_vector(query, 10_000)
+    for where in (
+        Filter(videos=["v3", "/videos/cam1/v7.mp4"]),
+        Filter(paths="*/cam1/*"),
+        Filter(tags={"site": "south"}),
+        Filter(from_s=5, to_s=12.25),
+        Filter(after=day + timedelta(minutes=3, seconds=10), before=day + timedelta(minutes=6)),
+        Filter(
+            paths="*/cam0/*", tags={"site": "north"}, from_s=20, after=day + timedelta(minutes=2)
+        ),
+        Filter(tags={"site": "nowhere"}),
+    ):
+        found = engine.search_vector(query, 10_000, where=where)
+        covered: dict[str, float] = {}
+        for s in found:
+            assert where.from_s is None or s.start_s >= where.from_s
+            assert where.to_s is None or s.end_s <= where.to_s
+            at = datetime.fromisoformat(s.recorded_at)
+            assert where.after is None or at >= where.after
+            length = timedelta(seconds=s.end_s - s.start_s)
+            assert where.before is None or at + length <= where.before
+            covered[s.video_id] = covered.get(s.video_id, 0.0) + s.end_s - s.start_s
+        # All of it is there: each video that is admitted, for as long as its window is open.
+        expected = {
+            video["video_id"]: max(0.0, min(40.0, last) - max(0.0, first))
+            for video, first, last in zip(engine.videos, *where.windows(engine.videos), strict=True)
+            if first == first
+        }
+        assert covered == pytest.approx({v: s for v, s in expected.items() if s > 0})
+    assert {s.video_id for s in everything} == set(NAMES)

@@ -50,8 +50,10 @@ def test_one_line_says_how_much_is_embedded() -> None:
 
 def test_one_line_says_whether_the_index_is_behind() -> None:
     found = states(2, 0)
-    index = {"snapshot": "v1", "rows": 20, "videos": frozenset({"w0", "w1"})}
+    index = {"snapshot": "v1", "rows": 5, "frames": 20, "videos": frozenset({"w0", "w1"})}
     assert "no index yet" in index_line(found, None)
-    assert index_line(found, index) == "Snapshot v1 answers from 20 rows of 2 videos."
-    behind = index_line(found, index | {"rows": 10, "videos": frozenset({"w0"})})
+    assert index_line(found, index) == (
+        "Snapshot v1 answers from 5 rows, which stand for 20 frames of 2 videos."
+    )
+    behind = index_line(found, index | {"frames": 10, "videos": frozenset({"w0"})})
     assert "It is behind[/]: 1 embedded videos are not in it" in behind

@@ -306,6 +306,7 @@ def test_a_server_that_falls_silent_is_given_up(
     monkeypatch.setattr(storage, "ANSWER_S", 0.5)
     signs: list[None] = []
     file = open_url(put(bucket, "a.mp4", noise(1000)), on_range=lambda: signs.append(None))
+    signs.clear()  # on a busy machine the opening may have taken two attempts as well
     proxy.share, proxy.faults, proxy.pause_s = 1.0, ("slow",), 5.0
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=rf"{bucket}/a\.mp4: .*did not answer in time"):
