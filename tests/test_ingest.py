@@ -190,7 +190,7 @@ def test_still_stretches_and_a_sample_of_pairs_save_the_encoders_work(tmp_path: 
     with pytest.raises(UserError, match=r"0\.5 .*--pairs"):
         build_index(url, space="clip")
     train(url, TrainConfig(max_epochs=1))
-    assert build_index(url).rows == 120
+    assert build_index(url).frames == 120
     with pytest.raises(UserError, match=r"was made with pairs 0\.5, not 1"):
         ingest_demo(url, folder, max_change=3)
 
