@@ -1,5 +1,6 @@
 """Corpora of random vectors, made without decoding a video: for tests of what is built on frames."""
 
+from collections.abc import Collection
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -72,19 +73,25 @@ def add_video(
     frames: int = 400,
     attempts: int = 1,
     towards: NDArray[np.float64] | None = None,
+    times_s: NDArray[np.float64] | None = None,
+    lacking: Collection[int] = (),
     **values: Any,
 ) -> None:
-    """Adds a video of ten frames a second, whose content is named by it, with its frames."""
+    """Adds a video of ten frames a second, whose content is named by it, with its frames; `times_s`
+    (frames,) are other times of them. The spans in `lacking` are not stored.
+    """
     corpus.require(config())
     clip = vectors_of(f"{name}{attempts}", frames, towards)
+    times_s = np.arange(frames) / 10 if times_s is None else times_s
+    span_of = (times_s * 10 / SPAN + 1e-9).astype(int).tolist()
     records, tables = [], []
-    for number, first in enumerate(range(0, frames, SPAN)):
-        part = clip[first : first + SPAN]
-        pts_s = np.arange(first, first + len(part)) / 10
+    for number in sorted({*range(span_of[-1] + 1)} - {*lacking}):
+        mine = np.equal(span_of, number)
+        part, pts_s = clip[mine], times_s[mine]
         span_id = f"{name}-{number}"
         records.append(
-            SpanRecord(name, span_id, number, len(part), pts_s[-1], first + SPAN >= frames,
-                       embedded=len(part), attempts=attempts)
+            SpanRecord(name, span_id, number, len(part), max(pts_s, default=None),
+                       number == span_of[-1], embedded=len(part), attempts=attempts)
         )  # fmt: skip
         columns = [
             pa.array([name] * len(part)),
@@ -97,4 +104,4 @@ def add_video(
         ]
         tables.append(pa.table(columns, schema=frames_schema(8, clip.shape[1])))
     corpus.add_frames(pa.concat_tables(tables), records)
-    add_rows(corpus, video_row(name, expected_spans=len(records), **values))
+    add_rows(corpus, video_row(name, expected_spans=span_of[-1] + 1, **values))

@@ -1,6 +1,6 @@
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -10,6 +10,7 @@ from hypothesis import settings
 from records import CONFIG
 
 from vsearch.corpus import Corpus
+from vsearch.demo.world import make_world
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 settings.register_profile("busy", deadline=None)  # other work on the machine must not fail a test
@@ -24,6 +25,14 @@ def shared_videos() -> Path:
         reason = f"the real test videos are not at {SHARED_VIDEOS}"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     return SHARED_VIDEOS
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small world of known truth: videos, `truth.jsonl`, `shots.jsonl`."""
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder, seed=11, videos=4, scenes_per_video=3)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -81,16 +90,24 @@ def bucket(proxy: FaultyS3, request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=["disk", "s3"])
-def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> Corpus:
-    """An empty corpus with its configuration, on disk and on S3."""
-    if request.param == "disk":
-        url = str(tmp_path / "corpus")
-    else:
+@pytest.fixture
+def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+    """Gives the URL for a new corpus, on "disk" or on "s3", there in a bucket of its own."""
+
+    def new_url(kind: str) -> str:
+        if kind == "disk":
+            return str(tmp_path / "corpus")
         request.getfixturevalue("s3")
         bucket = f"b{os.urandom(6).hex()}"
         fsspec.filesystem("s3").mkdir(bucket)
-        url = f"s3://{bucket}/archive/corpus"
-    corpus = Corpus(url)
+        return f"s3://{bucket}/archive/corpus"
+
+    return new_url
+
+
+@pytest.fixture(params=["disk", "s3"])
+def corpus(request: pytest.FixtureRequest, new_url: Callable[[str], str]) -> Corpus:
+    """An empty corpus with its configuration, on disk and on S3."""
+    corpus = Corpus(new_url(request.param))
     corpus.require(CONFIG)
     return corpus

@@ -1,14 +1,20 @@
 """From frames to snapshots: what an update does and leaves alone, on random vectors."""
 
+import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
+import ray
 from archive import SHOT, add_rows, add_video, config, vectors_of, video_row
 
 import vsearch
@@ -25,12 +31,22 @@ NAMES = [f"v{n}" for n in range(10)]
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
-    """Ten videos of 400 frames."""
-    corpus = Corpus(str(tmp_path / "corpus"))
+def corpus(request: pytest.FixtureRequest, new_url: Callable[[str], str]) -> Iterator[Corpus]:
+    """Ten videos of 400 frames, on S3 where a test says so."""
+    kind = getattr(request, "param", "disk")
+    corpus = Corpus(new_url(kind))
+    if kind == "s3":
+        ray.shutdown()  # workers have the environment in which Ray was started
     for name in NAMES:
         add_video(corpus, name)
-    return corpus
+    yield corpus
+    if kind == "s3":
+        ray.shutdown()
+
+
+on_disk_and_s3 = pytest.mark.parametrize(
+    "corpus", ["disk", pytest.param("s3", marks=pytest.mark.long)], indirect=True
+)
 
 
 def build(corpus: Corpus, **options: Any) -> IndexSummary:
@@ -78,6 +94,35 @@ def test_a_moment_stands_for_the_frames_of_a_shot(corpus: Corpus) -> None:
     best = vsearch.open(corpus.url).search_vector(query, 1)[0]
     assert best.video == "/videos/v3.mp4" and 5.0 <= best.best_s < 6.0
     assert best.start_s % 1 == best.end_s % 1 == 0  # a shot lasts a second
+
+
+def extents_of(corpus: Corpus, video: str) -> tuple[list[float], list[float]]:
+    """When the rows of a video begin and end."""
+    (shard,) = shards_of(corpus)
+    rows = pq.read_table(Snapshots(corpus).path(shard["rows_file"]))
+    mine = rows.filter(pc.equal(rows["video_id"].cast(pa.string()), video))
+    return mine["start_s"].to_pylist(), mine["end_s"].to_pylist()
+
+
+def test_a_picture_lasts_until_the_next_unless_a_span_between_them_lacks(corpus: Corpus) -> None:
+    """A slide that stands from second 9 to second 49.9, over a span that holds no frame of its own."""
+    times_s = np.append(np.arange(100), 499 + np.arange(10)) / 10
+    starts_s, ends_s = [*range(10), 49.9], [*range(1, 10), 49.9, pytest.approx(50.9)]
+    add_video(corpus, "slides", len(times_s), times_s=times_s)
+    build(corpus, rows="moments")
+    assert extents_of(corpus, "slides") == (starts_s, ends_s)
+    query = vectors_of("slides1", len(times_s))[95].astype(np.float32)
+    best = vsearch.open(corpus.url).search_vector(query, 1)[0]
+    assert (best.video_id, best.start_s, best.end_s) == ("slides", 9.0, 49.9)
+    # The same, but nobody knows what the span between them holds.
+    add_video(corpus, "half", len(times_s), times_s=times_s, lacking=[1])
+    build(corpus, rows="moments")
+    known_s = [*range(1, 10), 20.0, pytest.approx(50.9)]
+    assert extents_of(corpus, "half") == (starts_s, known_s)
+    # Then it comes, without a frame: that alone makes the rows anew.
+    add_video(corpus, "half", len(times_s), times_s=times_s)
+    build(corpus, rows="moments")
+    assert extents_of(corpus, "half") == (starts_s, ends_s)
 
 
 def test_new_videos_leave_the_shards_and_the_quantizer_as_they_are(
@@ -235,6 +280,7 @@ def test_the_command_ends_with_3_where_recall_is_lacking(
     assert Snapshots(corpus).current is None
 
 
+@on_disk_and_s3
 def test_of_two_builders_at_once_one_wins(corpus: Corpus) -> None:
     build(corpus)
     add_video(corpus, "new")
@@ -296,36 +342,61 @@ def test_a_damaged_index_is_made_anew_when_asked(corpus: Corpus) -> None:
 
 
 KILLED = """
-import os, sys
+import json, os, sys
 from vsearch.build_index import build_index
 
 def kill_self(stage, done, total):
     if stage == sys.argv[2] and done >= int(sys.argv[3]):
         os.kill(os.getpid(), 9)
 
-build_index(sys.argv[1], space="clip", kind="ivfpq", rows="frames", min_recall=0.5,
-            shard_frames=1000, report=kill_self)
+options = json.loads(sys.argv[4])
+build_index(sys.argv[1], space="clip", rows="frames", report=kill_self, **options)
 """
 
 
+CODED: dict[str, Any] = {"kind": "ivfpq", "min_recall": 0.5, "shard_frames": 1000}
+
+
+def made_of(corpus: Corpus) -> list[dict[str, str]]:
+    """The SHA-256 of the files of each shard that do not depend on how fast the machine was."""
+    names = ("vectors_file", "rows_file", "codes_file", "cells_file")
+    return [{name: shard[name]["sha256"] for name in names} for shard in shards_of(corpus)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What a build gives that nobody kills."""
+    corpus = Corpus(str(tmp_path_factory.mktemp("undisturbed") / "corpus"))
+    for name in NAMES:
+        add_video(corpus, name)
+    build(corpus, **CODED)
+    return made_of(corpus)
+
+
 @pytest.mark.long
+@on_disk_and_s3
 @pytest.mark.parametrize(("at", "done"), [("rows", 2), ("codes", 1)])
 def test_a_killed_build_leaves_the_snapshot_and_goes_on_where_it_was(
-    corpus: Corpus, at: str, done: int
+    corpus: Corpus, undisturbed: list[dict[str, str]], at: str, done: int
 ) -> None:
-    published = build(corpus).snapshot
-    ended = subprocess.run([sys.executable, "-c", KILLED, corpus.url, at, str(done)], check=False)
+    published, expected = build(corpus).snapshot, answers(corpus)
+    before = set(corpus.files("index/parts", ".json"))
+    words = [sys.executable, "-c", KILLED, corpus.url, at, str(done), json.dumps(CODED)]
+    ended = subprocess.run(words, check=False)
     assert ended.returncode == -signal.SIGKILL
-    assert Snapshots(corpus).current == published
-    parts = Path(corpus.url) / "index" / "parts"
-    finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
-    assert len(finished) >= done
-    summary = build(corpus, kind="ivfpq", min_recall=0.5, shard_frames=1000)
+    assert Snapshots(corpus).current == published and answers(corpus) == expected
+    finished = {name: corpus.modified_at(name) for name in corpus.files("index/parts", ".json")}
+    assert len(finished.keys() - before) >= done
+    summary = build(corpus, **CODED)
     assert summary.new and summary.shards == 5
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    for key in {path.stem for path in finished}:  # nothing was made a second time
-        suffixes = [path.suffix for path in parts.glob(f"{key}-*")]
-        assert len(suffixes) == len(set(suffixes))
+    parts = corpus.files("index/parts", "")
+    assert finished.keys() < {name for name in parts if name.endswith(".json")}
+    assert {name: corpus.modified_at(name) for name in finished} == finished
+    for name in finished:  # nothing was made a second time
+        key = name.removesuffix(".json")
+        suffixes = [Path(part).suffix for part in parts if part.startswith(f"{key}-")]
+        assert suffixes and len(suffixes) == len(set(suffixes))
+    assert made_of(corpus) == undisturbed
     assert not verify(corpus.url).damaged
 
 

@@ -246,6 +246,20 @@ def test_the_most_trusted_clock_of_all_places_counts(older: str, newer: str, kep
             id="lost around a quarantined span",
         ),
         pytest.param(
+            LONG,
+            [span(0), span(1), span(2, **EMPTY), span(3, ended=True)],
+            20,
+            [(9.5, 15)],
+            id="reading stopped before the end",
+        ),
+        pytest.param(
+            LONG,
+            [span(0, **EMPTY), span(1), span(2, **EMPTY), span(3, **EMPTY)],
+            20,
+            [(0, 5), (9.5, 20)],
+            id="reading stopped at once, and the tail never came",
+        ),
+        pytest.param(
             LONG, [span(0), span(1, ended=True)], 20, [(9.5, 20)], id="the tail never came"
         ),
         pytest.param(

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -144,10 +145,13 @@ def test_a_long_row_counts_for_more_than_a_short_one() -> None:
 
 @dataclass(frozen=True)
 class Film:
-    """Frames of a video: times on a grid of 1/4 s with holes, vectors of a few shots with noise."""
+    """Frames of a video: times on a grid of 1/4 s, some of which stand for 5 s or are followed by a
+    gap; vectors of a few shots with noise.
+    """
 
     pts_s: NDArray[np.float64]
     vectors: NDArray[np.float16]
+    gaps: list[tuple[float, float]]
 
 
 @st.composite
@@ -160,7 +164,14 @@ def films(draw: st.DrawFn) -> Film:
     # Consecutive shots drift, so that some likenesses lie near any bound.
     vectors = centres[shot // 3] + 0.3 * centres[shot] + 0.1 * rng.standard_normal((frames, 6))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return Film(100.0 + np.cumsum(steps), vectors.astype(np.float16))
+    pts_s = 100.0 + np.cumsum(steps)
+    # What is lost begins with a frame or later, and ends with the next one.
+    gaps = [
+        (a + rng.choice([0.0, 0.1, 0.7]) * (b - a), b)
+        for a, b in pairwise(pts_s.tolist())
+        if b - a > rng.choice([0.3, 1.0, 9.0])
+    ]
+    return Film(pts_s, vectors.astype(np.float16), gaps)
 
 
 bounds = st.sampled_from([0.5, 0.9, 0.97, 0.999])
@@ -178,16 +189,19 @@ def frames_of(moments: Moments) -> list[range]:
     return [range(a, b) for a, b in pairwise([0, *stops])]
 
 
-def ends_by_hand(pts_s: NDArray[np.float64]) -> list[float]:
-    steps = [b - a for a, b in pairwise(pts_s.tolist())]
-    usual = statistics.median([step for step in steps if step > 0] or [0.04])
-    lasting = [step if 0 < step <= 5 * usual else usual for step in steps]
-    return [at + lasts for at, lasts in zip(pts_s.tolist(), [*lasting, usual], strict=True)]
+def ends_by_hand(film: Film) -> list[float]:
+    times = film.pts_s.tolist()
+    usual = statistics.median([b - a for a, b in pairwise(times)] or [0.04])
+    ends = []
+    for at, following in pairwise([*times, times[-1] + usual]):
+        lost_from = [a for a, b in film.gaps if a < following and b > at]
+        ends.append(min(following, max(at + usual, *lost_from)) if lost_from else following)
+    return ends
 
 
 def groups_by_hand(film: Film, alike: float, at_once: int) -> list[list[int]]:
     """The definition, frame by frame."""
-    ends = ends_by_hand(film.pts_s)
+    ends = ends_by_hand(film)
     groups: list[list[int]] = []
     for row, vector in enumerate(film.vectors.astype(np.float64)):
         if groups and row % at_once:
@@ -209,9 +223,9 @@ def near_a_bound(film: Film, alike: float) -> bool:
 @given(some_films, bounds, st.integers(1, 400))
 def test_moments_are_those_of_a_plain_loop(film: Film, alike: float, at_once: int) -> None:
     assume(not near_a_bound(film, alike))
-    moments = joined(list(moments_of(film.pts_s, film.vectors, alike, at_once)))
+    moments = joined(list(moments_of(film.pts_s, film.vectors, film.gaps, alike, at_once)))
     groups = groups_by_hand(film, alike, at_once)
-    ends = ends_by_hand(film.pts_s)
+    ends = ends_by_hand(film)
     assert [list(rows) for rows in frames_of(moments)] == groups
     assert moments.start_s.tolist() == [film.pts_s[rows[0]] for rows in groups]
     assert np.allclose(moments.end_s, [ends[rows[-1]] for rows in groups], atol=1e-9)
@@ -224,11 +238,11 @@ def test_moments_are_those_of_a_plain_loop(film: Film, alike: float, at_once: in
 
 
 @given(some_films, bounds, st.integers(1, 400))
-def test_every_frame_is_in_one_moment_and_holes_are_in_none(
+def test_every_frame_is_in_one_moment_and_gaps_are_in_none(
     film: Film, alike: float, at_once: int
 ) -> None:
-    moments = joined(list(moments_of(film.pts_s, film.vectors, alike, at_once)))
-    ends = frame_ends(film.pts_s)
+    moments = joined(list(moments_of(film.pts_s, film.vectors, film.gaps, alike, at_once)))
+    ends = frame_ends(film.pts_s, film.gaps)
     assert moments.frames.dtype == np.int32 and moments.frames.min() >= 1
     assert moments.frames.sum() == len(film.pts_s)
     assert moments.start_s[0] == film.pts_s[0] and moments.end_s[-1] == ends[-1]
@@ -247,14 +261,18 @@ def test_every_frame_is_in_one_moment_and_holes_are_in_none(
         cosines = film.vectors[rows[1:]].astype(np.float32) @ first
         assert (cosines >= alike - 1e-6).all()
         assert (film.pts_s[rows[1:]] <= ends[rows[:-1]] + 1e-6).all()
+    usual = float(np.median(np.diff(film.pts_s))) if len(film.pts_s) > 1 else 0.04
+    for a, b in film.gaps:  # of each, a frame's usual time at most is in a moment
+        inside = np.minimum(moments.end_s, b) - np.maximum(moments.start_s, a)
+        assert inside.clip(0).sum() <= usual + 1e-9
 
 
 @given(some_films, st.integers(1, 400))
 def test_without_a_bound_every_frame_is_a_moment(film: Film, at_once: int) -> None:
-    moments = joined(list(moments_of(film.pts_s, film.vectors, None, at_once)))
+    moments = joined(list(moments_of(film.pts_s, film.vectors, film.gaps, None, at_once)))
     assert (moments.vectors == film.vectors).all()
     assert (moments.start_s == film.pts_s).all() and (moments.best_s == film.pts_s).all()
-    assert (moments.end_s == frame_ends(film.pts_s)).all()
+    assert (moments.end_s == frame_ends(film.pts_s, film.gaps)).all()
     assert (moments.frames == 1).all()
 
 
@@ -262,23 +280,53 @@ def test_without_a_bound_every_frame_is_a_moment(film: Film, at_once: int) -> No
 def test_pieces_divide_a_moment_and_do_nothing_else(frames: int, at_once: int) -> None:
     still = np.tile(np.array([0.6, 0.8], np.float16), (frames, 1))
     pts_s = np.arange(frames) / 25
-    pieces = list(moments_of(pts_s, still, 0.97, at_once))
+    pieces = list(moments_of(pts_s, still, [], 0.97, at_once))
     assert [len(piece.frames) for piece in pieces] == [1] * -(-frames // at_once)
     assert all(piece.frames[0] <= at_once for piece in pieces)
     assert (
         joined(pieces).end_s.tolist()
-        == frame_ends(pts_s)[[*range(at_once - 1, frames - 1, at_once), -1]].tolist()
+        == frame_ends(pts_s, [])[[*range(at_once - 1, frames - 1, at_once), -1]].tolist()
     )
 
 
 def test_a_moment_may_be_longer_than_what_is_compared_at_once() -> None:
     vectors = np.repeat(np.eye(2, dtype=np.float16), [1000, 3], axis=0)
-    moments = joined(list(moments_of(np.arange(1003.0), vectors, 0.97)))
+    moments = joined(list(moments_of(np.arange(1003.0), vectors, [], 0.97)))
     assert moments.frames.tolist() == [1000, 3]
 
 
 def test_a_video_without_frames_has_no_moments() -> None:
-    assert list(moments_of(np.zeros(0), np.zeros((0, 4), np.float16), 0.97)) == []
+    assert list(moments_of(np.zeros(0), np.zeros((0, 4), np.float16), [], 0.97)) == []
+
+
+SLIDES = np.eye(3, dtype=np.float16)[[0, 0, 0, 1, 2, 2]]
+SLIDES_S = np.array([0.0, 0.1, 0.2, 0.3, 40.3, 40.4])
+"""A recording of a screen: a new picture only where something changes."""
+
+
+def test_a_slide_is_one_moment_for_as_long_as_it_stands() -> None:
+    moments = joined(list(moments_of(SLIDES_S, SLIDES, [], 0.97)))
+    assert moments.start_s.tolist() == [0.0, 0.3, 40.3]
+    assert moments.end_s.tolist()[:2] == [0.3, 40.3]
+    assert moments.frames.tolist() == [3, 1, 2]
+    # The same picture before and after makes no difference.
+    (same,) = moments_of(SLIDES_S, SLIDES[[0] * 6], [], 0.97)
+    assert (same.start_s.tolist(), same.frames.tolist()) == ([0.0], [6])
+
+
+@pytest.mark.parametrize(
+    ("gap", "end_s"),
+    [
+        pytest.param((0.3, 40.3), 0.4, id="lost from the frame on"),
+        pytest.param((0.35, 40.3), 0.4, id="lost before the usual time is over"),
+        pytest.param((20.0, 40.0), 20.0, id="spans that lack"),
+    ],
+)
+def test_a_gap_ends_a_moment(gap: tuple[float, float], end_s: float) -> None:
+    for vectors in (SLIDES, SLIDES[[0] * 6]):
+        moments = joined(list(moments_of(SLIDES_S, vectors, [gap], 0.97)))
+        assert moments.start_s[-1] == 40.3
+        assert moments.end_s[-2:].tolist() == pytest.approx([end_s, 40.5], abs=1e-9)
 
 
 # ── ends of frames ───────────────────────────────────────────────────────────────────────────────
@@ -286,18 +334,29 @@ def test_a_video_without_frames_has_no_moments() -> None:
 
 @given(some_films)
 def test_a_frame_ends_as_the_plain_loop_says(film: Film) -> None:
-    assert np.allclose(frame_ends(film.pts_s), ends_by_hand(film.pts_s), atol=1e-9)
+    assert np.allclose(frame_ends(film.pts_s, film.gaps), ends_by_hand(film), atol=1e-9)
 
 
-def test_a_frame_lasts_until_the_next_unless_there_is_a_hole() -> None:
-    ends = frame_ends(np.array([0.0, 1.0, 2.0, 6.0, 7.0, 20.0]))
-    assert ends.tolist() == [1.0, 2.0, 6.0, 7.0, 8.0, 21.0]
+def test_a_frame_lasts_until_the_next_unless_there_is_a_gap() -> None:
+    pts_s = np.array([0.0, 1.0, 2.0, 6.0, 7.0, 20.0])
+    assert frame_ends(pts_s, []).tolist() == [1.0, 2.0, 6.0, 7.0, 20.0, 21.0]
+    assert frame_ends(pts_s, [(7.0, 20.0)]).tolist() == [1.0, 2.0, 6.0, 7.0, 8.0, 21.0]
+    assert frame_ends(pts_s, [(3.5, 6.0), (9.0, 15.0)]).tolist() == [1.0, 2.0, 3.5, 7.0, 9.0, 21.0]
+    # One that reaches over several frames, and one behind the last.
+    assert frame_ends(pts_s, [(3.5, 18.0)]).tolist() == [1.0, 2.0, 3.5, 7.0, 8.0, 21.0]
+    assert frame_ends(pts_s, [(20.0, 90.0)]).tolist() == [1.0, 2.0, 6.0, 7.0, 20.0, 21.0]
+
+
+def test_rounding_makes_no_gap() -> None:
+    pts_s = np.array([1.1, 2.1, 3.1, 43.1]) + 26.5 * 3600
+    gaps = [(pts_s[1], pts_s[2] + 1e-10), (pts_s[3] - 1e-10, pts_s[3] + 9)]
+    assert frame_ends(pts_s, gaps)[1:3].tolist() == [pts_s[2], pts_s[3]]
 
 
 def test_a_single_frame_lasts_as_one_of_25_a_second() -> None:
-    assert frame_ends(np.array([3.0])).tolist() == [3.04]
-    assert frame_ends(np.zeros(0)).shape == (0,)
+    assert frame_ends(np.array([3.0]), []).tolist() == [3.04]
+    assert frame_ends(np.zeros(0), []).shape == (0,)
 
 
 def test_a_time_that_is_given_twice_lasts_as_long_as_usual() -> None:
-    assert frame_ends(np.array([0.0, 1.0, 1.0, 2.0])).tolist() == [1.0, 2.0, 2.0, 3.0]
+    assert frame_ends(np.array([0.0, 1.0, 1.0, 2.0]), []).tolist() == [1.0, 2.0, 2.0, 3.0]

@@ -24,19 +24,10 @@ from vsearch.snapshots import Snapshots, files_of
 from vsearch.verify import verify
 
 
-def new_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if kind == "disk":
-        return str(tmp_path / "corpus")
-    request.getfixturevalue("s3")
-    bucket = f"b{os.urandom(6).hex()}"
-    fsspec.filesystem("s3").mkdir(bucket)
-    return f"s3://{bucket}/corpus"
-
-
 @pytest.fixture(params=["disk", "s3"])
-def snapshots(request: pytest.FixtureRequest, tmp_path: Path) -> Snapshots:
+def snapshots(request: pytest.FixtureRequest, new_url: Callable[[str], str]) -> Snapshots:
     """Those of an empty corpus."""
-    corpus = Corpus(new_url(request.param, request, tmp_path))
+    corpus = Corpus(new_url(request.param))
     corpus.require(config())
     return Snapshots(corpus)
 
@@ -173,12 +164,18 @@ HARM: dict[str, Callable[[bytes], bytes | None]] = {
 
 
 @pytest.fixture(params=["disk", "s3"])
-def copy(request: pytest.FixtureRequest, tmp_path: Path, whole: Path) -> Corpus:
+def copy(
+    request: pytest.FixtureRequest,
+    new_url: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    whole: Path,
+) -> Corpus:
     """A copy of it, and a cache of this machine that is empty."""
-    url = new_url(request.param, request, tmp_path)
+    url = new_url(request.param)
     fs, path = fsspec.url_to_fs(url)
     fs.put(f"{whole}/", path, recursive=True)
-    request.getfixturevalue("monkeypatch").setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return Corpus(url)
 
 

@@ -33,6 +33,7 @@ from vsearch.index import (
     cells_for,
     imbalance,
 )
+from vsearch.moments import Gaps
 from vsearch.schema import SNAPSHOT_VIDEOS
 from vsearch.snapshots import (
     FORMAT_VERSION,
@@ -43,6 +44,7 @@ from vsearch.snapshots import (
     UnreadableSnapshotError,
     content_of,
     deal,
+    gaps_of,
     key_of,
     spans_by_video,
 )
@@ -123,6 +125,7 @@ def build_index(
     if not states:
         raise UserError(f"The corpus at {corpus_url} holds no frames yet: ingest videos first.")
     contents = [content_of(state.video_id, spans) for state in states]
+    gaps: dict[str, Gaps] = {state.video_id: gaps_of(state) for state in states}
     current, parent = snapshots.current, None
     with suppress(UnreadableSnapshotError):  # then this build takes its place
         parent = snapshots.current_manifest()
@@ -137,7 +140,7 @@ def build_index(
     kept, groups = deal(contents, _stored(snapshots, base) if base else [], shard_frames)
     with runtime.user_errors():
         shards = [base["shards"][shard.number] for shard in kept] if base else []
-        shards += _make_rows(corpus, groups, spans, recipe, salt, report)
+        shards += _make_rows(corpus, groups, spans, gaps, recipe, salt, report)
         total = sum(shard["rows"] for shard in shards)
         coded = total > {"flat": math.inf, "auto": FLAT_ROWS, "ivfpq": FEWEST_CODED}[kind]
         former = quantizer = asked_queries = tuning = None
@@ -248,6 +251,7 @@ def _make_rows(
     corpus: Corpus,
     groups: list[list[Content]],
     spans: Spans,
+    gaps: dict[str, Gaps],
     recipe: parts.Recipe,
     salt: str,
     report: Report,
@@ -259,6 +263,7 @@ def _make_rows(
             corpus.url,
             key_of("rows", salt, asdict(recipe), [[c.video_id, c.generation] for c in group]),
             parts.pieces_of(group, spans),
+            {content.video_id: gaps[content.video_id] for content in group},
             recipe,
         )
         for group in groups

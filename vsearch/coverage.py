@@ -149,7 +149,7 @@ def _gaps(
     fps: float | None,
 ) -> list[tuple[float, float]]:
     """The stretches of `extent` without frames: spans that lack or are quarantined, what was lost to
-    errors, and a tail that never came. Overlaps are merged.
+    errors, where reading stopped before the end, and a tail that never came. Overlaps are merged.
     """
     start_s, end_s = extent
     origin_s = grid_origin_s(start_s, row["span_s"])
@@ -163,6 +163,11 @@ def _gaps(
         if k not in there
     ]
     found += [gap for span in spans for gap in span.gaps]
+    for number in ended:
+        if any(span.frames for span in spans if span.span > number):  # it was not the end
+            stopped_s = _last_pts_s([span for span in spans if span.span <= number])
+            from_s = start_s if stopped_s is None else stopped_s
+            found.append((from_s, origin_s + (number + 1) * row["span_s"]))
     if not ended:  # a header may claim more than the spans that are expected
         found.append((origin_s + (last + 1) * row["span_s"], end_s))
     last_s = _last_pts_s(spans)

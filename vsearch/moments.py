@@ -3,7 +3,7 @@
 A moment is a run of neighbouring frames so alike that one row of the index stands for them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 Scores = NDArray[np.float32]
 Seconds = NDArray[np.float64]
 Vectors = NDArray[np.float16]
+Gaps = Sequence[tuple[float, float]]
+
+ROUNDING_S = 1e-6
+"""Times that lie no further apart are the same: some were told from another zero."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,14 @@ class Moments:
 
 
 def moments_of(
-    pts_s: Seconds, vectors: Vectors, alike: float | None, at_once: int = 1 << 16
+    pts_s: Seconds, vectors: Vectors, gaps: Gaps, alike: float | None, at_once: int = 1 << 16
 ) -> Iterator[Moments]:
-    """The moments of a video, from the times (n,) of its frames in order and their unit vectors float16
-    (n, dim); in pieces of `at_once` frames, whatever its length. A moment goes on as long as each
-    frame has a cosine of at least `alike` to its first one, and none is lacking between them; with
-    None every frame is a moment.
+    """The moments of a video, from the times (n,) of its frames in order, their unit vectors float16
+    (n, dim), and the `gaps` of `frame_ends`; in pieces of `at_once` frames, whatever its length. A
+    moment goes on as long as each frame has a cosine of at least `alike` to its first one, and no gap
+    lies between them; with None every frame is a moment.
     """
-    ends_s = frame_ends(pts_s)
+    ends_s = frame_ends(pts_s, gaps)
     for first in range(0, len(pts_s), at_once):
         piece = slice(first, first + at_once)
         yield _moments(pts_s[piece], ends_s[piece], vectors[piece], alike)
@@ -49,7 +53,7 @@ def _moments(
     if alike is None:
         return Moments(vectors, pts_s, end_s, pts_s, np.ones(len(pts_s), np.int32))
     whole = np.asarray(vectors, np.float32)
-    holes = np.append(pts_s[1:] > end_s[:-1] + 1e-6, True)
+    holes = np.append(pts_s[1:] > end_s[:-1] + ROUNDING_S, True)
     firsts, row = [], 0
     while row < len(whole):
         firsts.append(row)
@@ -73,14 +77,21 @@ def _moments(
     )
 
 
-def frame_ends(pts_s: Seconds) -> Seconds:
-    """When each frame (n,) of a video gives way to the next; the last, and one before a hole, lasts as
-    long as the video's frames usually do.
+def frame_ends(pts_s: Seconds, gaps: Gaps) -> Seconds:
+    """When each frame (n,) of a video gives way to the next, however long it stands. `gaps` are the
+    stretches (from, to) of which nothing is known, in order and apart from each other. A frame with
+    one before the next lasts until there, and at least, as the last frame does, as long as the
+    video's frames usually do.
     """
     steps = np.diff(pts_s)
     usual = float(np.median(steps[steps > 0])) if (steps > 0).any() else 0.04
-    lasting = np.append(steps, usual)
-    ends: Seconds = pts_s + np.where((lasting <= 0) | (lasting > 5 * usual), usual, lasting)
+    usually_s = pts_s + usual
+    next_s = np.append(pts_s[1:], usually_s[-1:])
+    next_s = np.where(next_s > pts_s, next_s, usually_s)
+    from_s, to_s = np.array([*gaps, (np.inf, np.inf)]).T
+    lost_s = from_s[np.searchsorted(to_s, pts_s + ROUNDING_S, side="right")]
+    known_s = np.minimum(next_s, np.maximum(lost_s, usually_s))
+    ends: Seconds = np.where(lost_s < next_s - ROUNDING_S, known_s, next_s)
     return ends
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vsearch import recall
 from vsearch.corpus import Corpus, vector_matrix
 from vsearch.index import Shard, encode, fit, train_quantizer
-from vsearch.moments import moments_of
+from vsearch.moments import Gaps, moments_of
 from vsearch.schema import ROWS
 from vsearch.snapshots import Content, Snapshots, Spans, key_of
 
@@ -56,18 +56,23 @@ class Piece:
 
 
 def pieces_of(group: list[Content], spans: Spans) -> list[Piece]:
-    """The place of every span in its shard: by video, then by time."""
+    """The place of every span that has frames in its shard: by video, then by time."""
     pieces: list[Piece] = []
     offset = 0
     for content in group:
         for file, span in spans[content.video_id]:
-            pieces.append(Piece(file, span.span_id, content.video_id, offset, span.frames))
-            offset += span.frames
+            if span.frames:
+                pieces.append(Piece(file, span.span_id, content.video_id, offset, span.frames))
+                offset += span.frames
     return pieces
 
 
-def shard_rows(corpus_url: str, key: str, pieces: list[Piece], recipe: Recipe) -> Entry:
-    """Writes a shard's vectors and rows; gives their entry."""
+def shard_rows(
+    corpus_url: str, key: str, pieces: list[Piece], gaps: dict[str, Gaps], recipe: Recipe
+) -> Entry:
+    """Writes a shard's vectors and rows; gives their entry. `gaps` are those of each video, in stream
+    time.
+    """
     corpus = Corpus(corpus_url)
     snapshots = Snapshots(corpus)
     if found := snapshots.part(key):
@@ -80,7 +85,9 @@ def shard_rows(corpus_url: str, key: str, pieces: list[Piece], recipe: Recipe) -
         for piece, times, part in _read(corpus, pieces, recipe.projector):
             place = slice(piece.offset, piece.offset + piece.frames)
             of_frames[place], pts_s[place] = part, times
-        table, mean = _write_rows(pieces, pts_s, of_frames, recipe, Path(folder) / "vectors")
+        table, mean = _write_rows(
+            pieces, gaps, pts_s, of_frames, recipe.alike, Path(folder) / "vectors"
+        )
         pq.write_table(table, f"{folder}/rows", compression="zstd")
         return snapshots.finish(
             key,
@@ -95,19 +102,25 @@ def shard_rows(corpus_url: str, key: str, pieces: list[Piece], recipe: Recipe) -
 
 
 def _write_rows(
-    pieces: list[Piece], pts_s: Any, of_frames: Any, recipe: Recipe, path: Path
+    pieces: list[Piece],
+    gaps: dict[str, Gaps],
+    pts_s: Any,
+    of_frames: Any,
+    alike: float | None,
+    path: Path,
 ) -> tuple[pa.Table, list[float]]:
     """Writes the vectors of the rows; gives the rows, and the mean of the frames' vectors."""
-    videos = pa.array(dict.fromkeys(piece.video_id for piece in pieces))
+    videos = list(dict.fromkeys(piece.video_id for piece in pieces))
     total = np.zeros(of_frames.shape[1], np.float64)
     tables = []
     with path.open("wb") as file:
         for number, (first, stop) in enumerate(pairwise(_edges(pieces))):
-            for found in moments_of(pts_s[first:stop], of_frames[first:stop], recipe.alike):
+            mine = slice(first, stop)
+            for found in moments_of(pts_s[mine], of_frames[mine], gaps[videos[number]], alike):
                 file.write(np.ascontiguousarray(found.vectors).tobytes())
                 total += np.asarray(found.vectors, np.float64).T @ found.frames
                 place = np.full(len(found.frames), number, np.int32)
-                video = pa.DictionaryArray.from_arrays(pa.array(place), videos)
+                video = pa.DictionaryArray.from_arrays(pa.array(place), pa.array(videos))
                 columns = [video, found.start_s, found.end_s, found.best_s, found.frames]
                 tables.append(pa.table(columns, schema=ROWS))
     return pa.concat_tables(tables), (total / len(pts_s)).tolist()

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from vsearch.config import GRACE_HOURS, KEPT_SNAPSHOTS, UserError
 from vsearch.corpus import Corpus
+from vsearch.coverage import VideoState
 from vsearch.index import DamagedIndexError, sha256
 from vsearch.schema import SpanRecord
 from vsearch.storage import persist
@@ -49,7 +50,9 @@ class UnreadableSnapshotError(DamagedIndexError):
 
 @dataclass(frozen=True)
 class Content:
-    """A video as rows are made from it: other frames are another generation."""
+    """A video as rows are made from it: other frames, or other gaps between them, are another
+    generation.
+    """
 
     video_id: str
     generation: str
@@ -109,18 +112,28 @@ Spans = dict[str, list[tuple[str, SpanRecord]]]
 
 
 def spans_by_video(corpus: Corpus) -> Spans:
-    """The spans of each video that hold frames, in time order, with the files that they are in."""
+    """The spans of each video that has frames, in time order, with the files that they are in."""
     found: Spans = {}
     for file, span in corpus.spans().values():
-        if span.frames:
-            found.setdefault(span.video_id, []).append((file, span))
-    return {video: sorted(spans, key=lambda s: s[1].span) for video, spans in found.items()}
+        found.setdefault(span.video_id, []).append((file, span))
+    return {
+        video: sorted(spans, key=lambda s: s[1].span)
+        for video, spans in found.items()
+        if any(span.frames for _, span in spans)
+    }
+
+
+def gaps_of(state: VideoState) -> list[tuple[float, float]]:
+    """The gaps of a video in stream time, as its frames are timed."""
+    return [(a + state.zero_s, b + state.zero_s) for a, b in state.gaps]
 
 
 def content_of(video_id: str, spans: Spans) -> Content:
-    """What rows of a video would be made from now."""
+    """What rows of a video would be made from now. Spans without frames count as well: one that is
+    stored tells that the picture before it stood, one that is not makes a gap.
+    """
     mine = [span for _, span in spans[video_id]]
-    generation = key_of([[span.span_id, span.attempts] for span in mine])
+    generation = key_of([[s.span_id, s.attempts, s.ended, s.quarantined, s.gaps] for s in mine])
     return Content(video_id, generation, sum(span.frames for span in mine))
 
 

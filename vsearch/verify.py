@@ -202,6 +202,7 @@ def _check_rows(
     parts = [
         table.filter(pc.equal(table["span_id"], span.span_id))
         for file, span in spans[video_id]
+        if span.frames
         for table in corpus.frames(file, ["span_id", "pts_s", column])
     ]
     table = pa.concat_tables(parts)
