@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 from clips import ROWS, SHORT_PX, made, without_packets
 
+from vsearch.clips import picture, preview
 from vsearch.config import Sampling, UserError
-from vsearch.decoder import Decoder, DecoderDiedError, Limits
+from vsearch.decoder import BusyError, Decoder, DecoderDiedError, Decoders, Limits
 from vsearch.sampling import SpanRun
 from vsearch.schema import fingerprint
 from vsearch.storage import filesystem, mark_of
@@ -317,6 +319,128 @@ def test_waiting_for_the_storage_is_no_hang(decoder: Decoder, clip: Path) -> Non
     with pytest.raises(OSError) as raised:  # in the end: one cannot seek in a pipe
         probed(decoder, pipe)
     assert not isinstance(raised.value, VideoError)
+
+
+# ── pictures and previews ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def decoders() -> Iterator[Decoders]:
+    """One decoder, which runs already: a busy machine may take its time to start it."""
+    decoders = Decoders(1, Limits(stall_s=2, span_s=3), free_within_s=1)
+    decoders._all[0]._limits, limits = Limits(), decoders._all[0]._limits
+    with pytest.raises(VideoError):
+        decoders.picture(__file__, 0, 64)
+    decoders._all[0]._limits = limits
+    yield decoders
+    decoders.close()
+
+
+def test_many_threads_get_each_its_own_picture(clip: Path) -> None:
+    data = clip.read_bytes()
+    times = [number / 7 for number in range(24)]
+    decoders = Decoders(2, free_within_s=60)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda at_s: decoders.picture(str(clip), at_s, 50), times))
+        shown = pool.submit(decoders.preview, str(clip), 1.0, 2.0).result()
+    assert found == [picture(BytesIO(data), at_s, 50, threads=1) for at_s in times]
+    assert shown == preview(BytesIO(data), 1.0, 2.0, threads=1)
+    decoders.close()
+
+
+ASKED: dict[str, Callable[[Decoders, Path], bytes]] = {
+    "picture": lambda decoders, path: decoders.picture(str(path), 1.0, 50),
+    "preview": lambda decoders, path: decoders.preview(str(path), 0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("ask", list(ASKED.values()), ids=list(ASKED))
+@pytest.mark.parametrize(
+    ("signal_name", "reason"),
+    [
+        ("SIGSEGV", r"the decoder crashed \(SIGSEGV\)"),
+        ("SIGSTOP", "the decoder hung: nothing came for 2 s"),
+    ],
+)
+def test_a_child_lost_on_the_way_is_an_error_within_the_limit(
+    decoders: Decoders,
+    clip: Path,
+    ask: Callable[[Decoders, Path], bytes],
+    signal_name: str,
+    reason: str,
+) -> None:
+    lost = child(decoders._all[0])
+    pipe = clip.with_name("slow.mp4")
+    os.mkfifo(pipe)  # it waits there until it is hit
+    hit = threading.Timer(0.3, os.kill, (lost, getattr(signal, signal_name)))
+    hit.start()
+    began = time.monotonic()
+    with pytest.raises(DecoderDiedError, match=reason):
+        ask(decoders, pipe)
+    assert time.monotonic() - began < 5
+    assert not is_running(lost)
+    decoders._all[0]._limits = Limits()
+    assert ask(decoders, clip)
+
+
+def test_waiting_for_the_storage_has_an_end_too(decoders: Decoders, clip: Path) -> None:
+    pipe = clip.with_name("never.mp4")
+    os.mkfifo(pipe)
+    began = time.monotonic()
+    with pytest.raises(DecoderDiedError, match="decoding took more than 3 s"):
+        decoders.picture(str(pipe), 0, 50)
+    assert time.monotonic() - began < 6
+
+
+def test_who_finds_no_free_decoder_is_told_so(decoders: Decoders, clip: Path) -> None:
+    pipe = clip.with_name("never.mp4")
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(decoders.picture, str(pipe), 0, 50)
+        time.sleep(0.3)
+        began = time.monotonic()
+        with pytest.raises(BusyError, match="no decoder became free within 1 s"):
+            decoders.picture(str(clip), 0, 50)
+        assert time.monotonic() - began < 2
+        assert isinstance(first.exception(), DecoderDiedError)
+    decoders._all[0]._limits = Limits()
+    assert decoders.picture(str(clip), 0, 50)
+
+
+def test_what_cannot_be_shown_is_said_and_costs_no_child(decoders: Decoders, clip: Path) -> None:
+    first = child(decoders._all[0])
+    with pytest.raises(FileNotFoundError):
+        decoders.picture(str(clip.with_name("none.mp4")), 0, 50)
+    with pytest.raises(UserError, match="pixels wide"):
+        decoders.picture(str(clip), 0, 0)
+    with pytest.raises(UserError, match="no time in a video"):
+        decoders.picture(str(clip), float("nan"), 50)
+    with pytest.raises(UserError, match="at most 60 s"):
+        decoders.preview(str(clip), 0, 1000)
+    assert decoders.picture(str(clip), 0, 50)
+    assert child(decoders._all[0]) == first
+
+
+def test_a_picture_that_wants_too_much_memory_is_refused(clip: Path, large_h264: bytes) -> None:
+    large = clip.with_name("large.mp4")
+    large.write_bytes(large_h264)
+    decoders = Decoders(1, room_for(24 << 20, clip))
+    with pytest.raises(DecoderDiedError, match="GiB of memory"):
+        decoders.picture(str(large), 0.2, 320)
+    assert decoders.picture(str(clip), 0, 50)
+    decoders.close()
+
+
+def test_closed_decoders_leave_no_child_and_refuse(clip: Path) -> None:
+    decoders = Decoders(2, free_within_s=0.1)
+    decoders.picture(str(clip), 0, 50)
+    pids = [decoder._child.pid for decoder in decoders._all if decoder._child]
+    assert len(pids) == 1
+    decoders.close()
+    decoders.close()
+    assert not any(is_running(pid) for pid in pids)
+    with pytest.raises(BusyError):
+        decoders.picture(str(clip), 0, 50)
 
 
 # ── no child is left ─────────────────────────────────────────────────────────────────────────────

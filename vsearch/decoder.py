@@ -1,16 +1,20 @@
-"""Probing and decoding in a process of its own, under limits of time and memory.
+"""Probing, decoding and showing in a process of its own, under limits of time and memory.
 
 A broken file can crash FFmpeg, hang it, or make it ask for any amount of memory. Here that costs one
 child process and a `DecoderDiedError`; the worker lives on. The child is kept for the next file.
 
     worker ──request──▶ child    over a socket, pickled (both ends are this program)
     worker ◀──spans──── child    pixels in a shared file without a name, the rest over the socket
+
+>>> decoders = Decoders(2)
+>>> jpeg = decoders.picture("/videos/clip.mp4", 12.4, 320)
 """
 
 import contextlib
 import functools
 import multiprocessing.connection
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -25,6 +29,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from vsearch import clips
 from vsearch.config import Sampling, UserError
 from vsearch.sampling import SpanRun
 from vsearch.schema import fingerprint
@@ -50,9 +55,20 @@ ATTEMPTS = 2
 
 BEAT_S = 1.0
 
+SHOWN_STALL_S = 10.0
+SHOWN_LIMIT_S = 20.0
+"""What somebody waits for may take so long; of a preview, each second adds one."""
+
+FREE_WITHIN_S = 5.0
+"""So long a request waits for a decoder that is free."""
+
 
 class DecoderDiedError(VideoError):
     """The decoder crashed, hung or wanted too much memory; the message says which."""
+
+
+class BusyError(Exception):
+    """Every decoder has been at work for longer than a request may wait, or they were closed."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ class Limits:
 
 
 class Decoder:
-    """A child process that probes and decodes. One request at a time: a new one ends a decoding that
+    """A child process that probes, decodes and shows. One request at a time: a new one ends a decoding that
     was left half-way. `close` ends the child.
     """
 
@@ -110,6 +126,22 @@ class Decoder:
                 self._send("go on")
                 yield span, seconds
 
+    def picture(self, uri: str, pts_s: float, width_px: int) -> bytes:
+        """The JPEG that `clips.picture` gives. Raises as `probe` does, and `UserError` for a time or
+        width that makes no sense.
+        """
+        return self._shown(("picture", uri, None, (pts_s, width_px)))
+
+    def preview(self, uri: str, start_s: float, end_s: float) -> bytes:
+        """The MP4 file that `clips.preview` gives. Raises as `picture` does."""
+        clips.check_preview(start_s, end_s)
+        limits = replace(self._limits, span_s=self._limits.span_s + end_s - start_s)
+        return self._shown(("preview", uri, None, (start_s, end_s)), limits)
+
+    def _shown(self, request: tuple[Any, ...], limits: Limits | None = None) -> bytes:
+        shown: bytes = dict(self._ask(request, limits))["shown"]
+        return shown
+
     def close(self) -> None:
         """Ends the child; the next request starts another."""
         if self._child is not None:
@@ -141,7 +173,9 @@ class Decoder:
         theirs.close()
         self._socket = multiprocessing.connection.Connection(ours.detach())
 
-    def _ask(self, request: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    def _ask(
+        self, request: tuple[Any, ...], limits: Limits | None = None
+    ) -> Iterator[tuple[str, Any]]:
         # It may have died between two requests, or still be busy with one that was left half-way.
         if self._busy or (self._child is not None and self._child.poll() is not None):
             self.close()
@@ -150,7 +184,7 @@ class Decoder:
             if self._child is None:
                 self._start()
             self._send((request, self._limits))
-            while (message := self._receive())[0] not in ("done", "error"):
+            while (message := self._receive(limits or self._limits))[0] not in ("done", "error"):
                 yield message
                 if self._busy is not mine:
                     raise RuntimeError("the decoder was closed, or given another request")
@@ -167,17 +201,17 @@ class Decoder:
         except ConnectionError:
             raise DecoderDiedError(self._cause_of_death()) from None
 
-    def _receive(self) -> tuple[str, Any]:
+    def _receive(self, limits: Limits) -> tuple[str, Any]:
         """The next message that is more than a sign of life."""
         began = time.monotonic()
         while True:
-            left_s = self._limits.span_s - (time.monotonic() - began)
+            left_s = limits.span_s - (time.monotonic() - began)
             if left_s <= 0:
-                raise DecoderDiedError(f"decoding took more than {self._limits.span_s:g} s")
-            if not self._socket.poll(min(left_s, self._limits.stall_s)):
-                if left_s > self._limits.stall_s:
+                raise DecoderDiedError(f"decoding took more than {limits.span_s:g} s")
+            if not self._socket.poll(min(left_s, limits.stall_s)):
+                if left_s > limits.stall_s:
                     raise DecoderDiedError(
-                        f"the decoder hung: nothing came for {self._limits.stall_s:g} s"
+                        f"the decoder hung: nothing came for {limits.stall_s:g} s"
                     )
                 continue
             try:
@@ -185,7 +219,7 @@ class Decoder:
             except (EOFError, ConnectionError):
                 raise DecoderDiedError(self._cause_of_death()) from None
             if kind == "memory":
-                gib = self._limits.memory_bytes / (1 << 30)
+                gib = limits.memory_bytes / (1 << 30)
                 raise DecoderDiedError(f"the decoder wanted more than {gib:g} GiB of memory")
             if kind != "beat":
                 return kind, value
@@ -194,6 +228,55 @@ class Decoder:
         assert self._child is not None
         code = self._child.wait()
         return f"the decoder crashed ({signal.Signals(-code).name if code < 0 else f'exit {code}'})"
+
+
+class Decoders:
+    """A few decoders that any number of threads may ask for pictures and previews, with limits for
+    what somebody waits for. `close` ends them.
+    """
+
+    def __init__(
+        self,
+        count: int = 2,
+        limits: Limits | None = None,
+        free_within_s: float = FREE_WITHIN_S,
+    ) -> None:
+        self._free_within_s = free_within_s
+        self._all = [Decoder(limits or Limits(SHOWN_STALL_S, SHOWN_LIMIT_S)) for _ in range(count)]
+        # The one that was used last comes first: the others' children may never be needed.
+        self._free: queue.LifoQueue[Decoder] = queue.LifoQueue()
+        for decoder in self._all:
+            self._free.put(decoder)
+
+    def picture(self, uri: str, pts_s: float, width_px: int) -> bytes:
+        """As `Decoder.picture`. Raises `BusyError` where no decoder becomes free in time."""
+        with self._free_one() as decoder:
+            return decoder.picture(uri, pts_s, width_px)
+
+    def preview(self, uri: str, start_s: float, end_s: float) -> bytes:
+        """As `Decoder.preview`. Raises `BusyError` where no decoder becomes free in time."""
+        with self._free_one() as decoder:
+            return decoder.preview(uri, start_s, end_s)
+
+    def close(self) -> None:
+        """Ends the children once they have answered, which their limits see to; later requests are
+        refused.
+        """
+        while self._all:
+            decoder = self._free.get()
+            decoder.close()
+            self._all.remove(decoder)
+
+    @contextlib.contextmanager
+    def _free_one(self) -> Iterator[Decoder]:
+        try:
+            decoder = self._free.get(timeout=self._free_within_s)
+        except queue.Empty:
+            raise BusyError(f"no decoder became free within {self._free_within_s:g} s") from None
+        try:
+            yield decoder
+        finally:
+            self._free.put(decoder)
 
 
 @functools.cache
@@ -248,16 +331,20 @@ class _Server:
         finally:
             self._waiting = False
 
-    def answer(self, kind: str, uri: str, expected: tuple[int, str], rest: Any) -> None:
+    def answer(self, kind: str, uri: str, expected: tuple[int, str] | None, rest: Any) -> None:
         with self.waiting():
             source = open_url(uri, expected)
         with source:
             file = cast(BinaryIO, _Watched(source, self))
             if kind == "probe":
+                assert expected is not None
                 self.send("video_id", fingerprint(file, expected[0]))
                 self.send("info", probe(file))
-            else:
+            elif kind == "decode":
                 self._decode(file, *rest)
+            else:
+                show: Callable[..., bytes] = getattr(clips, kind)
+                self.send("shown", show(file, *rest, threads=1, on_frame=self.on_frame))
 
     def _decode(self, file: Any, short_side_px: int, sampling: Sampling, run: SpanRun) -> None:
         began = time.process_time()

@@ -7,14 +7,17 @@ for CLIP.
 
 import hashlib
 import logging
+from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import open_clip
 import torch
 from numpy.typing import NDArray
+from open_clip.transformer import TextTransformer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
@@ -45,6 +48,11 @@ class DinoEncoder:
         self.input_px = _short_side(self._processor)
         self._model = model.to(self._device).eval()
 
+    @classmethod
+    def recorded(cls, record: Encoder) -> "DinoEncoder":
+        """The encoder of a corpus. Raises `UserError` if its weights are not those recorded."""
+        return _as_recorded(cls(record.model), record)
+
     @torch.inference_mode()
     def encode_images(self, pixels: Pixels) -> Tensor:
         frames = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2)
@@ -67,17 +75,12 @@ class ClipEncoder:
         self.input_px = min(size) if isinstance(size, (tuple, list)) else int(size)
         self.record = Encoder(name, weights_digest(self._model), _clip_dim(self._model))
         self._model = self._model.to(self._device).eval()
+        self._text_features = _text_features(self._model)
 
     @classmethod
     def recorded(cls, record: Encoder) -> "ClipEncoder":
         """The encoder of a corpus. Raises `UserError` if its weights are not those recorded."""
-        encoder = cls(record.model)
-        if encoder.record != record:
-            raise UserError(
-                f"The weights of {record.model} ({encoder.record.revision}) are not those that the "
-                f"corpus was made with ({record.revision})."
-            )
-        return encoder
+        return _as_recorded(cls(record.model), record)
 
     @torch.inference_mode()
     def encode_images(self, pixels: Pixels) -> Tensor:
@@ -93,7 +96,7 @@ class ClipEncoder:
         """Unit vectors, float32 (n, dim)."""
         tokens = self._tokenizer(sentences).to(self._device)
         with _mixed_precision(self._device):
-            features = self._model.encode_text(tokens)
+            features = self._text_features(tokens)
         vectors: NDArray[np.float32] = (
             nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
         )
@@ -122,6 +125,18 @@ class Encoders:
             if clip is not None:
                 clip[batch] = self.clip.encode_images(chunk).half().cpu().numpy()
         return dino, clip
+
+
+E = TypeVar("E", DinoEncoder, ClipEncoder)
+
+
+def _as_recorded(encoder: E, record: Encoder) -> E:
+    if encoder.record != record:
+        raise UserError(
+            f"The weights of {record.model} ({encoder.record.revision}) are not those that the "
+            f"corpus was made with ({record.revision})."
+        )
+    return encoder
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -191,6 +206,42 @@ def _dino_dim(model: nn.Module) -> int:
 
 def _clip_dim(model: Any) -> int:
     return int(model.encode_text(torch.zeros(1, model.context_length, dtype=torch.long)).shape[-1])
+
+
+def _text_features(model: Any) -> Callable[[Tensor], Tensor]:
+    """The function from tokens (n, context) to what `model.encode_text` gives, not normalised. Where no
+    token sees a later one, and a sentence's vector is that of its end, it computes no further than
+    the end of the longest sentence. SigLIP, CoCa and towers of transformers need all of the context.
+    """
+    if type(model) is open_clip.CLIP:
+        tower, pool, eos_id = model, model.text_pool_type, model.text_eos_id
+        compute = open_clip.CLIP.encode_text
+    elif type(model) is open_clip.CustomTextCLIP and type(model.text) is TextTransformer:
+        tower, pool, eos_id = model.text, model.text.pool_type, model.text.eos_id
+        compute = TextTransformer.forward
+    else:
+        return model.encode_text
+    if not _is_causal(tower) or pool not in ("argmax", "eos"):
+        return model.encode_text
+
+    def features(tokens: Tensor) -> Tensor:
+        ends = (tokens == eos_id).int().argmax(-1) if pool == "eos" else tokens.argmax(-1)
+        length = int(ends.max()) + 1
+        # A copy that shares the weights: other threads use the tower itself meanwhile.
+        short = copy(tower)
+        places, mask = tower.positional_embedding[:length], tower.attn_mask[:length, :length]
+        short._parameters = tower._parameters | {"positional_embedding": places}
+        short._buffers = tower._buffers | {"attn_mask": mask}
+        return compute(short, tokens[:, :length])
+
+    return features
+
+
+def _is_causal(tower: Any) -> bool:
+    mask = tower.attn_mask
+    if mask is None or getattr(tower, "cls_emb", None) is not None:  # that one sees every token
+        return False
+    return torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
 
 
 def _mixed_precision(device: str) -> torch.autocast:

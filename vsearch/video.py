@@ -8,7 +8,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
@@ -127,8 +128,8 @@ def probe(file: BinaryIO) -> VideoInfo:
     """Reads a container's headers, and tries out whether one can seek in it. Raises `VideoError` for
     what is no video.
     """
-    with _open(file) as container:
-        stream = _video_stream(container)
+    with open_container(file) as container:
+        stream = video_stream(container)
         start = stream.start_time
         time_base = stream.time_base or Fraction(1, 90000)
         duration = (
@@ -190,12 +191,12 @@ def _seek_lands(container: InputContainer, target_s: Fraction) -> bool:
     """Whether a seek gives a keyframe at or before its target as the first picture."""
     for seek_s in (target_s, target_s - TRIED_BEFORE_S):
         first = next(_frames(container, seek_s, 1), None)
-        if isinstance(first, _Timed) and _is_clean(first, target_s):
+        if isinstance(first, Timed) and _is_clean(first, target_s):
             return True
     return False
 
 
-def _is_clean(first: "_Timed", target_s: Fraction) -> bool:
+def _is_clean(first: "Timed", target_s: Fraction) -> bool:
     """Whether decoding that began with this frame gives every frame from `target_s` on as a decoding
     from the start would: the frame needs no other, and lies before all that is wanted. (The frames
     that come before it in an open group of pictures are lost, so it must not be one of those asked
@@ -229,19 +230,32 @@ def decode(
     start_s = grid.start_s(run.first)
     # Where a seek is not clean, the one to some spans earlier may be; if not, from the start.
     seeks = [start_s, start_s - 2 * grid.length_s] if run.first and info.seekable else []
+    with frames_from(file, start_s, seeks, threads, on_frame) as (_, frames):
+        yield from builder.take_all(itertools.islice(frames, most))
+        if not builder.complete and next(frames, None) is not None:
+            builder.note(Lost(None, "the file repeats its frames without end"))
+    yield from builder.finish()
+
+
+@contextmanager
+def frames_from(
+    file: BinaryIO,
+    start_s: Fraction,
+    seeks: Sequence[Fraction],
+    threads: int = 0,
+    on_frame: Callable[[], None] = lambda: None,
+) -> "Iterator[tuple[Fraction | None, Iterator[Timed | Lost]]]":
+    """Decoded frames in presentation order, and each loss on the way, from a keyframe at or before
+    `start_s` on; with the one of `seeks` (times in seconds) that led to it. Those are tried in turn; if
+    none gives all that is wanted, it is None, and the frames come from the start of the file.
+    """
     for seek_s in [*seeks, None]:
-        with _open(file) as container:
+        with open_container(file) as container:
             frames = _frames(container, seek_s, threads, on_frame)
             first = next(frames, None)
-            if first is None or not (
-                seek_s is None or (isinstance(first, _Timed) and _is_clean(first, start_s))
-            ):
-                continue
-            yield from builder.take_all(itertools.islice(itertools.chain([first], frames), most))
-            if not builder.complete and next(frames, None) is not None:
-                builder.note(_Lost(None, "the file repeats its frames without end"))
-            break
-    yield from builder.finish()
+            if seek_s is None or (isinstance(first, Timed) and _is_clean(first, start_s)):
+                yield seek_s, itertools.chain([] if first is None else [first], frames)
+                return
 
 
 class _Loss(Enum):
@@ -253,7 +267,11 @@ class _Loss(Enum):
 
 
 @dataclass(frozen=True)
-class _Timed:
+class Timed:
+    """A decoded frame with its exact time; `sample_aspect` is the width of a stored pixel over its
+    height.
+    """
+
     pts_s: Fraction
     frame: VideoFrame
     sample_aspect: Fraction | None
@@ -261,8 +279,8 @@ class _Timed:
 
 
 @dataclass(frozen=True)
-class _Lost:
-    """An error: at `pts_s` where that is known, else behind the last frame."""
+class Lost:
+    """A loss, with its reason: at `pts_s` where that is known, else behind the last frame."""
 
     pts_s: Fraction | None
     reason: str
@@ -289,16 +307,16 @@ class _SpanBuilder:
         self._begun = False
         self.complete = False
 
-    def take_all(self, frames: "Iterator[_Timed | _Lost]") -> Iterator[DecodedSpan]:
+    def take_all(self, frames: "Iterator[Timed | Lost]") -> Iterator[DecodedSpan]:
         for item in frames:
-            if isinstance(item, _Lost):
+            if isinstance(item, Lost):
                 self.note(item)
             else:
                 yield from self._take(item)
             if self.complete:
                 return
 
-    def note(self, lost: _Lost) -> None:
+    def note(self, lost: Lost) -> None:
         """Adds an error to the span that it lies in."""
         at_s = self._last_s if lost.pts_s is None else lost.pts_s
         number, error = self._grid.number_of(at_s), DecodeError(float(at_s), lost.reason)
@@ -308,10 +326,10 @@ class _SpanBuilder:
         elif number >= self._run.first and len(self._span.errors) < MAX_ERRORS:
             self._span.errors.append(error)
 
-    def _take(self, item: "_Timed") -> Iterator[DecodedSpan]:
+    def _take(self, item: "Timed") -> Iterator[DecodedSpan]:
         number = self._grid.number_of(item.pts_s)
         if item.pts_s - max(self._last_s, self._grid.start_s(self._run.first)) > MAX_LEAP_S:
-            self.note(_Lost(None, f"a frame out of place, at {float(item.pts_s):g} s"))
+            self.note(Lost(None, f"a frame out of place, at {float(item.pts_s):g} s"))
             self._lost = True
             return
         if number < self._run.first and not self._begun:
@@ -323,7 +341,7 @@ class _SpanBuilder:
         # A frame behind its time (a broken stream) stays with the span that is being filled.
         if number <= self._span.number and len(self._span.pts_s) >= most:
             if self._spilled_s is None:
-                self.note(_Lost(item.pts_s, f"more than {most} frames in one span"))
+                self.note(Lost(item.pts_s, f"more than {most} frames in one span"))
             self._spilled_s = item.pts_s
             return
         gap = self._gap_before(item)
@@ -336,13 +354,13 @@ class _SpanBuilder:
         if not self._sampler.keep(item.pts_s) or self._keep(item):
             self._last_s, self._lost = item.pts_s, False
 
-    def _gap_before(self, item: "_Timed") -> tuple[Fraction, Fraction] | None:
+    def _gap_before(self, item: "Timed") -> tuple[Fraction, Fraction] | None:
         """The stretch between the last frame and this one if something was lost in it."""
         lost = self._lost or item.loss != _Loss.NONE
         if not lost or item.pts_s - self._last_s <= self._shortest_gap_s:
             return None
         if item.loss == _Loss.SILENT:
-            self.note(_Lost(None, "part of the file cannot be decoded"))
+            self.note(Lost(None, "part of the file cannot be decoded"))
         return self._last_s, item.pts_s
 
     def _add_gap(self, gap: tuple[Fraction, Fraction] | None) -> None:
@@ -350,16 +368,16 @@ class _SpanBuilder:
         if gap and gap[0] < self._grid.end_s(number) and gap[1] > self._grid.start_s(number):
             self._span.gaps.append(gap)
 
-    def _keep(self, item: "_Timed") -> bool:
+    def _keep(self, item: "Timed") -> bool:
         """Adds a frame to the span; False if there is no picture of it."""
         if item.frame.is_corrupt:
-            self.note(_Lost(item.pts_s, "damaged frame"))
+            self.note(Lost(item.pts_s, "damaged frame"))
         try:
             picture = to_rgb(item.frame, self._short_side, item.sample_aspect)
         except MemoryError:
             raise
         except av.error.FFmpegError as error:
-            self.note(_Lost(item.pts_s, f"no picture: {_plain(error)}"))
+            self.note(Lost(item.pts_s, f"no picture: {_plain(error)}"))
             self._lost = True
             return False
         if self._is_new(picture):
@@ -397,7 +415,7 @@ class _SpanBuilder:
         if pictures:
             # A stream may change its size on the way: what differs is fitted to the first picture.
             height, width = pictures[0].shape[:2]
-            span.pixels = np.stack([_fit(picture, height, width) for picture in pictures])
+            span.pixels = np.stack([fit(picture, height, width) for picture in pictures])
         number = span.number + 1
         self._span, self._pictures, self._signature = DecodedSpan(number), [], None
         self._span.errors = [error for n, error in self._later if n == number]
@@ -411,11 +429,11 @@ def _frames(
     seek_s: Fraction | None,
     threads: int,
     on_frame: Callable[[], None] = lambda: None,
-) -> "Iterator[_Timed | _Lost]":
+) -> "Iterator[Timed | Lost]":
     """Decoded frames in presentation order, and each loss on the way. Nothing where a seek leads to
     nothing.
     """
-    stream = _video_stream(container)
+    stream = video_stream(container)
     if not stream.codec_context.is_open:
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
@@ -431,7 +449,7 @@ def _frames(
     fed = _Fed()
     for packet, behind_hole in _packets(container, stream):
         on_frame()
-        if isinstance(packet, _Lost):
+        if isinstance(packet, Lost):
             yield packet
             return
         stamps = [stamp * time_base for stamp in (packet.pts, packet.dts) if stamp is not None]
@@ -446,7 +464,7 @@ def _frames(
             raise
         except av.error.FFmpegError as error:
             fed.add(pts_s, _Loss.TOLD)
-            yield _Lost(pts_s, f"damaged packet: {_plain(error)}")
+            yield Lost(pts_s, f"damaged packet: {_plain(error)}")
             continue
         patience = patience - 1 if not frames else math.inf
         if patience < 0:
@@ -456,11 +474,11 @@ def _frames(
                 continue
             if frame.pts is None:
                 fed.add(None, _Loss.TOLD)
-                yield _Lost(None, "frame without a time")
+                yield Lost(None, "frame without a time")
                 continue
             on_frame()
             pts_s = frame.pts * (frame.time_base or time_base)
-            yield _Timed(pts_s, frame, stream.sample_aspect_ratio, fed.passed(pts_s))
+            yield Timed(pts_s, frame, stream.sample_aspect_ratio, fed.passed(pts_s))
 
 
 class _Fed:
@@ -498,7 +516,7 @@ class _Fed:
 
 def _packets(
     container: InputContainer, stream: VideoStream
-) -> "Iterator[tuple[Packet[VideoStream] | _Lost, bool]]":
+) -> "Iterator[tuple[Packet[VideoStream] | Lost, bool]]":
     """The packets of a stream, each with whether the file has a hole before it: bytes that no packet of
     any stream lies in. (The index of an MP4 file leads to every packet: none is passed over.)
     """
@@ -513,7 +531,7 @@ def _packets(
         except (av.error.FFmpegError, OSError) as error:
             if not isinstance(error, av.error.FFmpegError):
                 raise
-            yield _Lost(None, f"reading stopped: {_plain(error)}"), False
+            yield Lost(None, f"reading stopped: {_plain(error)}"), False
             return
         if packet is None:
             return
@@ -535,27 +553,52 @@ def to_rgb(
     """
     width = frame.width * float(sample_aspect or 1)
     scale = short_side_px / min(width, frame.height)
-    longest = MAX_ASPECT * short_side_px
-    size = [min(longest, max(1, round(side * scale))) for side in (width, frame.height)]
-    return _upright(_scaled(frame, size[0], size[1]))
+    return _upright(_shrunk(frame, (width, frame.height), scale))
+
+
+def to_rgb_within(
+    frame: VideoFrame,
+    width_px: int,
+    sample_aspect: Fraction | None = None,
+) -> NDArray[np.uint8]:
+    """As `to_rgb`, but at most `width_px` wide once it is upright, and never enlarged."""
+    size = (frame.width * float(sample_aspect or 1), frame.height)
+    across = size[1] if _orientation(frame)[0] else size[0]
+    return _upright(_shrunk(frame, size, min(1.0, width_px / across)))
+
+
+def _shrunk(frame: VideoFrame, size: tuple[float, float], scale: float) -> VideoFrame:
+    """Scaled to so many times `size`, but no longer than `MAX_ASPECT` allows."""
+    sides = [max(1, round(side * scale)) for side in size]
+    longest = MAX_ASPECT * min(sides)
+    return _scaled(frame, min(longest, sides[0]), min(longest, sides[1]))
 
 
 def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
-    """Turned and mirrored as the frame's display matrix says: x' = a·x + c·y, y' = b·x + d·y (FFmpeg,
-    libavutil/display.h). Only right angles are followed, as players do."""
     picture = np.asarray(frame.to_ndarray(), np.uint8)
+    turned, flipped_x, flipped_y = _orientation(frame)
+    if turned:
+        picture = picture.transpose(1, 0, 2)
+    return picture[:: -1 if flipped_y else 1, :: -1 if flipped_x else 1]
+
+
+def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
+    """Whether rows become columns, and whether x and y run backwards then, as the frame's display matrix
+    says: x' = a·x + c·y, y' = b·x + d·y (FFmpeg, libavutil/display.h). Only right angles are followed,
+    as players do.
+    """
     # A frame that was asked for its side data stays until the next garbage collection: ask a tiny one.
     tiny = frame.reformat(8, 8, interpolation=Interpolation.POINT, threads=1)
     matrix: Any = tiny.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return picture
+        return False, False, False
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        picture, a, d = picture.transpose(1, 0, 2), c, b
-    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    turned = abs(b) + abs(c) > abs(a) + abs(d)
+    return (True, c < 0, b < 0) if turned else (False, a < 0, d < 0)
 
 
-def _fit(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+def fit(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """A picture (h, w, 3), scaled to (height, width, 3) if that is not its size."""
     if picture.shape[:2] == (height, width):
         return picture
     frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
@@ -567,7 +610,8 @@ def _scaled(frame: VideoFrame, width: int, height: int) -> VideoFrame:
     return frame.reformat(width, height, "rgb24", interpolation=Interpolation.BICUBIC, threads=1)
 
 
-def _open(file: BinaryIO) -> InputContainer:
+def open_container(file: BinaryIO) -> InputContainer:
+    """A file as FFmpeg reads it. Raises `VideoError` for what it cannot."""
     file.seek(0, 2)
     if file.tell() == 0:
         raise VideoError("the file is empty")
@@ -580,7 +624,8 @@ def _open(file: BinaryIO) -> InputContainer:
         raise VideoError(f"not a readable video file: {_plain(error)}") from error
 
 
-def _video_stream(container: InputContainer) -> VideoStream:
+def video_stream(container: InputContainer) -> VideoStream:
+    """The first that is no cover picture. Raises `VideoError` if there is none."""
     streams = [
         s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
     ]
