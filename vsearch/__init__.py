@@ -15,13 +15,14 @@ if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 from vsearch.filters import Filter
+from vsearch.query import Term
 
 if TYPE_CHECKING:
     from vsearch.coverage import VideoState
     from vsearch.search import Engine
 
 __version__ = "0.1.0"
-__all__ = ["Filter", "open", "status"]
+__all__ = ["Filter", "Term", "open", "status"]
 
 
 def open(corpus: str, snapshot: str | None = None) -> "Engine":

@@ -5,10 +5,11 @@
 """
 
 import html
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, overload
@@ -22,14 +23,18 @@ from vsearch.corpus import Corpus
 from vsearch.filters import Filter, Seconds
 from vsearch.index import DamagedIndexError, Index, Setting, Shard
 from vsearch.moments import Stretch, grow
+from vsearch.query import Term, compose, described, terms_of
 from vsearch.snapshots import Snapshots
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from vsearch.encoders import ClipEncoder
+    from vsearch.pictures import PictureEncoder
 
 FIRST_HITS = 200
+SAMPLED_ROWS = 4096
+"""So many rows tell how far the scores of a query spread."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,40 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Found:
+    """Segments, strongest first; whether there are `more`; how long each step took, in seconds:
+    `search` (candidates), `rerank` (their exact scores), `group` (segments of them).
+    """
+
+    segments: tuple[Segment, ...]
+    more: bool
+    took_s: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """How a video answers a query all along: `scores[i]` is the best score within `step_s` seconds from
+    `start_s + i · step_s` on (as a player shows them), None where nothing of it is indexed.
+    """
+
+    start_s: float
+    step_s: float
+    scores: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
 class Results(Sequence[Segment]):
-    """The answer to one query: a sequence of segments, strongest first."""
+    """The answer to one query: a sequence of segments, strongest first. `background` is the query's
+    mean score over the index, what anything at all scores; `more` tells that there are others.
+    """
 
     query: str
     snapshot: str
     took_ms: float
     segments: tuple[Segment, ...]
+    background: float = 0.0
+    more: bool = False
+    took_s: dict[str, float] = field(default_factory=dict)
 
     @overload
     def __getitem__(self, place: int) -> Segment: ...
@@ -75,6 +107,8 @@ class Results(Sequence[Segment]):
             "query": self.query,
             "snapshot": self.snapshot,
             "took_ms": round(self.took_ms, 2),
+            "took": {f"{step}_ms": round(s * 1000, 2) for step, s in self.took_s.items()},
+            "background": round(self.background, 6),
             "segments": [segment.to_dict() for segment in self.segments],
         }
 
@@ -125,9 +159,17 @@ class _Timeline:
 
 
 class Engine:
-    """Searches one snapshot of a corpus' index; it never changes while the engine lives."""
+    """Searches one snapshot of a corpus' index, or a `part` of its shards; it never changes while the
+    engine lives. What `like` has loaded of the same files is shared.
+    """
 
-    def __init__(self, corpus_url: str, snapshot: str | None = None) -> None:
+    def __init__(
+        self,
+        corpus_url: str,
+        snapshot: str | None = None,
+        part: slice = slice(None),
+        like: "Engine | None" = None,
+    ) -> None:
         self.corpus = Corpus(corpus_url)
         self._snapshots = Snapshots(self.corpus)
         self.snapshot = snapshot or self._snapshots.require_current()
@@ -137,8 +179,12 @@ class Engine:
         self.videos: list[dict[str, Any]] = [
             row | {"tags": dict(row["tags"])} for row in table.to_pylist()
         ]
+        self.numbers = {video["video_id"]: n for n, video in enumerate(self.videos)}
+        shards = range(len(self.manifest["shards"]))[part]
+        self._files: dict[str, Shard] = {}
+        known = like._files if like else {}
         with ThreadPoolExecutor() as pool:  # most of it is the SHA-256 of the files
-            loaded = list(pool.map(self._load, range(len(self.manifest["shards"]))))
+            loaded = list(pool.map(partial(self._load, known=known), shards))
         self._timelines = [timeline for _, timeline in loaded]
         tuning = self.manifest["tuning"]
         self.index = Index(
@@ -153,19 +199,113 @@ class Engine:
         return sum(int(np.count_nonzero(mask)) for mask in self._live)
 
     def search(
-        self, query: str, limit: int = 10, max_gap_s: float = 1.0, where: Filter | None = None
+        self,
+        query: str | Sequence[Term],
+        limit: int = 10,
+        max_gap_s: float = 1.0,
+        where: Filter | None = None,
+        min_score: float | None = None,
+        without: Sequence[str] = (),
     ) -> Results:
-        """The `limit` strongest segments for a sentence, of what `where` admits. Neighbouring frames
-        that answer about equally well, with gaps of at most `max_gap_s` seconds, make one segment.
+        """The `limit` strongest segments for a sentence, or for several terms, of what `where` admits.
+        Neighbouring frames that answer about equally well, with gaps of at most `max_gap_s` seconds,
+        make one segment; those that score under `min_score` are left out.
         """
-        if not query.strip():
-            raise UserError("The query is empty: type what the moment should show.")
+        terms = terms_of(query, without)
         encoder = self.encoder  # the first query loads it, which is no part of an answer's time
         began = time.perf_counter()
-        vector = encoder.encode_text([query])[0]
-        segments = self.search_vector(vector, limit, max_gap_s, where)
-        took_ms = (time.perf_counter() - began) * 1000
-        return Results(query, self.snapshot, took_ms, tuple(segments))
+        vectors = [self._vector(term, encoder) for term in terms]
+        weights = [term.weight for term in terms]
+        vector = compose(vectors, weights, self.spreads(vectors) if len(vectors) > 1 else [1.0])
+        encoded_s = time.perf_counter() - began
+        found = self.find(vector, limit, max_gap_s, where, min_score)
+        return Results(
+            query=query if isinstance(query, str) and not without else described(terms),
+            snapshot=self.snapshot,
+            took_ms=(time.perf_counter() - began) * 1000,
+            segments=found.segments,
+            background=self.background(vector),
+            more=found.more,
+            took_s={"encode": encoded_s, **found.took_s},
+        )
+
+    def _vector(self, term: Term, encoder: "ClipEncoder") -> NDArray[np.float32]:
+        if term.text is not None:
+            return encoder.encode_text([term.text])[0]
+        if term.picture is not None:
+            return self.picture_encoder.encode(term.picture)
+        assert term.video_id is not None and term.at_s is not None
+        found = self.vector_at(term.video_id, term.at_s)
+        if found is None:
+            raise UserError(f"Nothing of {term.video_id} is indexed at {term.at_s:g} s.")
+        return found
+
+    def background(self, vector: NDArray[np.float32]) -> float:
+        """The mean score of a query over the whole index."""
+        return float(self._mean @ vector)
+
+    def spreads(self, vectors: Sequence[NDArray[np.float32]]) -> list[float]:
+        """The standard deviation of each query's scores over the rows of the engine."""
+        if not len(self._sample):
+            return [1.0] * len(vectors)
+        scores = self._sample @ np.stack(vectors).T
+        return [float(value) for value in scores.std(axis=0)]
+
+    @cached_property
+    def _sample(self) -> NDArray[np.float32]:
+        """Vectors (n, dim), evenly from all rows."""
+        step = max(1, self.index.rows // SAMPLED_ROWS)
+        parts = [np.asarray(shard.vectors[::step], np.float32) for shard in self.index.shards]
+        return np.concatenate(parts) if parts else np.zeros((0, self.manifest["dim"]), np.float32)
+
+    def vector_at(self, video_id: str, at_s: float) -> NDArray[np.float32] | None:
+        """The unit vector (dim,) of the row that stands for a second of a video (as a player shows it),
+        or that is next to it; None where the video is not in the engine.
+        """
+        found = self._rows_of(video_id)
+        if found is None:
+            return None
+        part, rows = found
+        timeline = self._timelines[part]
+        starts, ends = timeline.start_s[rows], timeline.end_s[rows]
+        away_s = np.maximum(starts - at_s, at_s - ends).clip(min=0)
+        row = rows.start + int(np.argmin(away_s))
+        vector = np.asarray(self.index.shards[part].vectors[row], np.float32)
+        return vector / np.linalg.norm(vector)
+
+    def timeline(self, video_id: str, vector: NDArray[np.float32], steps: int) -> Timeline | None:
+        """How a video answers a query (dim,), in at most `steps` steps; None where it is not in the
+        engine.
+        """
+        found = self._rows_of(video_id)
+        if found is None:
+            return None
+        part, rows = found
+        timeline = self._timelines[part]
+        starts, ends = timeline.start_s[rows], timeline.end_s[rows]
+        scores = self.index.shards[part].scores(vector, rows.start, rows.stop)
+        start_s = min(0.0, float(starts.min()))
+        duration_s = self.videos[self.numbers[video_id]]["duration_s"] or 0.0
+        step_s = max((max(float(ends.max()), duration_s) - start_s) / steps, 1e-3)
+        best = np.full(steps, -math.inf)
+        # A row covers each step that it overlaps.
+        first = np.floor((starts - start_s) / step_s + 1e-9).astype(np.int64).clip(0, steps - 1)
+        last = np.ceil((ends - start_s) / step_s - 1e-9).astype(np.int64).clip(1, steps) - 1
+        long = np.maximum(last - first, 0) + 1
+        places = np.repeat(first - np.cumsum(long) + long, long) + np.arange(long.sum())
+        np.maximum.at(best, places, np.repeat(scores, long))
+        values = tuple(round(float(v), 6) if v > -math.inf else None for v in best)
+        return Timeline(start_s, step_s, values)
+
+    def _rows_of(self, video_id: str) -> tuple[int, slice] | None:
+        """The part and the rows of a video."""
+        wanted = self.numbers.get(video_id, -1)
+        for part, timeline in enumerate(self._timelines):
+            (places,) = np.nonzero(timeline.numbers == wanted)
+            if wanted >= 0 and len(places):
+                low, high = np.searchsorted(timeline.video, [places[0], places[0] + 1])
+                return part, slice(int(low), int(high))
+        return None
 
     def search_vector(
         self,
@@ -175,34 +315,57 @@ class Engine:
         where: Filter | None = None,
     ) -> list[Segment]:
         """As `search`, for a unit vector (dim,) of CLIP's space."""
+        return list(self.find(vector, limit, max_gap_s, where).segments)
+
+    def find(
+        self,
+        vector: NDArray[np.float32],
+        limit: int,
+        max_gap_s: float = 1.0,
+        where: Filter | None = None,
+        min_score: float | None = None,
+    ) -> Found:
+        """As `search`, for a unit vector (dim,) of CLIP's space; tells whether there are more."""
         if limit < 1:
             raise UserError(f"The limit must be at least 1, not {limit}.")
-        if max_gap_s < 0:
+        if not max_gap_s >= 0:
             raise UserError(f"The largest gap must not be negative: {max_gap_s}.")
-        background = float(self._mean @ vector)
+        began = time.perf_counter()
+        took_s = {"search": 0.0, "rerank": 0.0}
+        background = self.background(vector)
         windows = (where or Filter()).windows(self.videos)
         allowed = self._allowed(windows) if where else self._live
         rows_left = sum(int(np.count_nonzero(mask)) for mask in allowed)
         taken = [~mask for mask in allowed]
         masks = None if where is None and self._all_live else allowed
+        least = -math.inf if min_score is None else min_score
         found: list[Segment] = []
+        strong: list[float] = []
+        wanted = limit + 1  # one more tells whether there are more
         hits = FIRST_HITS
-        while rows_left:
-            scores, parts, rows = self.index.search(vector, hits, masks)
+        over = False
+        while rows_left and not over:
+            scores, parts, rows = self.index.search(vector, hits, masks, took_s)
             place = 0
             while (place := _next_free(taken, parts, rows, place)) < len(rows):
                 # A segment's score is a mean, so no more than its peak: weaker peaks cannot matter.
-                strong = sorted((segment.score for segment in found), reverse=True)[:limit]
-                if len(strong) == limit and scores[place] <= strong[-1]:
+                over = scores[place] < least
+                if over or (len(strong) == wanted and scores[place] <= strong[-1]):
                     break
                 part, row = int(parts[place]), int(rows[place])
                 stretch = self._grow(vector, part, row, background, max_gap_s, taken[part])
                 found.append(self._segment(self._timelines[part], stretch, windows))
-            # Many hits may lie in few segments: ask for more until there are enough, or no more.
-            if len(found) >= limit or hits >= rows_left:
+                strong = sorted((segment.score for segment in found), reverse=True)[:wanted]
+            # Many hits may lie in few segments, and a segment may score less than a hit that was not
+            # fetched: ask for more until neither matters, or there are no more.
+            enough = len(strong) == wanted and (not len(scores) or scores[-1] <= strong[-1])
+            if enough or hits >= rows_left:
                 break
             hits *= 4
-        return sorted(found, key=lambda segment: -segment.score)[:limit]
+        best = sorted(found, key=lambda segment: -segment.score)
+        best = [segment for segment in best if segment.score >= least]
+        took_s["group"] = time.perf_counter() - began - sum(took_s.values())
+        return Found(tuple(best[:limit]), len(best) > limit, took_s)
 
     def _allowed(self, windows: tuple[Seconds, Seconds]) -> list[NDArray[np.bool_]]:
         """For each shard, the rows (n,) that count and overlap the window of their video."""
@@ -266,16 +429,26 @@ class Engine:
 
         return ClipEncoder.recorded(self.corpus.config.clip)
 
-    def _load(self, number: int) -> tuple[Shard, _Timeline]:
+    @cached_property
+    def picture_encoder(self) -> "PictureEncoder":
+        """What turns pictures into vectors of the index' space, loaded at the first one."""
+        from vsearch.pictures import PictureEncoder
+
+        projector = self.manifest["projector"]
+        return PictureEncoder(self.corpus, projector, None if projector else self.encoder)
+
+    def _load(self, number: int, known: dict[str, Shard]) -> tuple[Shard, _Timeline]:
         entry = self.manifest["shards"][number]
         path = self._snapshots.path
         codes = entry["codes_file"]
-        shard = Shard(
+        name = f"{entry['vectors_file']['sha256']} {codes['sha256'] if codes else ''}"
+        shard = known.get(name) or Shard(
             path(entry["vectors_file"]),
             entry["rows"],
             self.manifest["dim"],
             path(codes) if codes else None,
         )
+        self._files[name] = shard
         rows = pq.read_table(path(entry["rows_file"]))
         if rows.num_rows != shard.rows:
             raise DamagedIndexError(f"{entry['rows_file']['name']} does not fit its vectors")
