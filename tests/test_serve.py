@@ -1,36 +1,181 @@
+"""The service on Ray Serve, its index in parts: answers, a part that is killed, snapshots, metrics."""
+
+import inspect
+import json
+import re
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 
+import psutil
 import pytest
-from botocore.exceptions import EndpointConnectionError
-from fastapi import HTTPException
+import yaml
+from archive import add_video
+from test_build_index import build
 
-from vsearch import serve
+import vsearch
+from vsearch.config import UserError
+from vsearch.corpus import Corpus
+from vsearch.serve import ROWS_A_PART, ServeArgs, _measurements, parts_for, start, stop
+from vsearch.snapshots import Snapshots
+
+CLUSTER = Path(__file__).parent.parent / "cluster"
+TEXTS = ["a boat", "a red house at night", "rain"]
+PATIENCE_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+    """A corpus of six shards with two snapshots."""
+    corpus = Corpus(str(tmp_path_factory.mktemp("corpus")))
+    for number in range(12):
+        add_video(corpus, f"v{number}")
+    versions = [
+        build(corpus, rows=rows, shard_frames=800).snapshot for rows in ("frames", "moments")
+    ]
+    return corpus.url, versions
+
+
+@pytest.fixture(scope="module")
+def address(corpus: tuple[str, list[str]]) -> Iterator[str]:
+    from ray import serve
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    yield start(ServeArgs(corpus=corpus[0], parts=3, refresh_s=0.5), port=port)
+    stop()
+    serve.shutdown()
+
+
+def ask(address: str, text: str, limit: int = 8) -> dict[str, Any]:
+    with urllib.request.urlopen(
+        f"{address}v1/search?{urlencode({'q': text, 'limit': limit})}", timeout=30
+    ) as answer:
+        assert answer.headers["x-request-id"]
+        found: dict[str, Any] = json.loads(answer.read())
+        return found
+
+
+def until(there: Callable[[], bool]) -> float:
+    began = time.monotonic()
+    while not there():
+        assert time.monotonic() - began < PATIENCE_S
+        time.sleep(0.2)
+    return time.monotonic() - began
+
+
+def expected(url: str, snapshot: str, text: str) -> Any:
+    return vsearch.open(url, snapshot).search(text, limit=8).to_dict()["segments"]
+
+
+def same(found: list[Any], wanted: list[Any]) -> bool:
+    """Scores of sentences that were encoded together differ in their last digits."""
+    pairs = list(zip(found, wanted, strict=True))
+    return all(
+        a | {"score": 0} == b | {"score": 0} and abs(a["score"] - b["score"]) < 1e-5
+        for a, b in pairs
+    )
+
+
+@pytest.mark.long
+def test_parts_answer_as_the_engine_and_follow_the_snapshot_in_use(
+    address: str, corpus: tuple[str, list[str]]
+) -> None:
+    url, (first, second) = corpus
+    for snapshot in (second, first, second):
+        if Snapshots(Corpus(url)).current != snapshot:
+            Snapshots(Corpus(url)).roll_back(snapshot)
+        until(lambda: ask(address, "a boat")["snapshot"] == snapshot)  # noqa: B023
+        for text in TEXTS:
+            answer = ask(address, text)
+            assert not answer["partial"] and answer["snapshot"] == snapshot
+            assert same(answer["segments"], expected(url, snapshot, text))
+
+
+@pytest.mark.long
+def test_a_part_that_is_killed_is_named_at_once_and_comes_back(
+    address: str, corpus: tuple[str, list[str]]
+) -> None:
+    whole = ask(address, "a boat", 100)["segments"]
+    below = psutil.Process().children(recursive=True)
+    (part,) = (process for process in below if "IndexPart-1" in " ".join(process.cmdline()))
+    part.kill()
+    began = time.monotonic()
+    answer = ask(address, "a boat")
+    assert time.monotonic() - began < 5
+    assert answer["partial"] and answer["missing"][0].startswith("part 2 of 3 ")
+    assert len(answer["segments"]) == 8 and all(s in whole for s in answer["segments"])
+    until(lambda: not ask(address, "a boat")["partial"])
+    assert ask(address, "a boat", 100)["segments"] == whole
+
+
+@pytest.mark.long
+def test_metrics_can_be_scraped(address: str) -> None:
+    import ray
+
+    ask(address, "a boat")
+    node = ray.nodes()[0]
+    scraped = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def text() -> str:
+        with urllib.request.urlopen(scraped, timeout=10) as answer:
+            return str(answer.read().decode())
+
+    until(lambda: "ray_vsearch_queries" in text() and "ray_vsearch_step_seconds_bucket" in text())
+    for name in ("query_seconds", "text_cache", "rows", "shards", "snapshot_published"):
+        assert f"ray_vsearch_{name}" in text()
+
+
+def test_the_dashboard_asks_for_metrics_that_exist() -> None:
+    panels = json.loads((CLUSTER / "grafana.json").read_text())["panels"]
+    asked = " ".join(target["expr"] for panel in panels for target in panel["targets"])
+    used = set(re.findall(r"ray_(vsearch_\w+)", asked))
+    source = inspect.getsource(_measurements)
+    for name in used:
+        assert f'"{name.removesuffix("_bucket").removesuffix("_total")}"' in source, name
+    assert len(used) >= 9
+
+
+def test_the_serve_config_is_one_that_serve_takes() -> None:
+    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+
+    config = yaml.safe_load((CLUSTER / "serve.yaml").read_text())
+    ServeDeploySchema.model_validate(config)
+    assert set(config) <= set(ServeDeploySchema.model_fields)
+    (application,) = config["applications"]
+    assert set(application) <= set(ServeApplicationSchema.model_fields)
+    for deployment in application["deployments"]:
+        assert set(deployment) <= set(DeploymentSchema.model_fields)  # Serve lets others pass
+        assert deployment["name"] == "Gateway"
+    assert ServeArgs.model_validate(application["args"]).part_replicas == 2
+    module, _, function = application["import_path"].partition(":")
+    assert (module, function) == ("vsearch.serve", "build_app")
+
+
+def test_an_index_gets_parts_by_its_rows() -> None:
+    assert [parts_for(rows) for rows in (0, 1, ROWS_A_PART, ROWS_A_PART + 1)] == [1, 1, 1, 2]
+    assert parts_for(10 * ROWS_A_PART) == 10
 
 
 @pytest.mark.parametrize(
-    ("failure", "status", "said"),
+    ("options", "said"),
     [
-        (FileNotFoundError("a.mp4"), 404, "no longer where it was ingested from"),
-        (PermissionError("Access Denied"), 503, "cannot be read now"),
-        (TimeoutError("did not answer in time"), 503, "cannot be read now"),
-        (EndpointConnectionError(endpoint_url="http://minio"), 503, "cannot be read now"),
+        (["--host", "0.0.0.0"], "lets others in"),
+        (["--keys", "a.json", "--no-auth"], "contradict"),
+        (["--host", "0.0.0.0", "--keys", "none.json"], "cannot be read"),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_a_storage_that_fails_is_said_in_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, failure: Exception, status: int, said: str
+def test_a_service_that_would_be_open_is_refused(
+    options: list[str], said: str, corpus: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(uri: str) -> None:
-        raise failure
+    from typer.testing import CliRunner
 
-    monkeypatch.setattr(serve, "open_url", fail)
-    with pytest.raises(HTTPException, match=said) as answer:
-        serve._ranged("s3://bucket/a.mp4", None)
-    assert answer.value.status_code == status
-    assert "minio" not in answer.value.detail
+    from vsearch.cli import app
 
-
-def test_a_video_that_went_away_is_not_found(tmp_path: Path) -> None:
-    with pytest.raises(HTTPException) as answer:
-        serve._ranged(str(tmp_path / "a.mp4"), None)
-    assert answer.value.status_code == 404
+    done = CliRunner().invoke(app, ["serve", "--corpus", corpus[0], *options])
+    assert isinstance(done.exception, UserError) and said in str(done.exception)

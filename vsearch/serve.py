@@ -1,167 +1,253 @@
-"""The query service: Ray Serve, one FastAPI application with the page, the API and the media."""
+"""The query service on Ray Serve.
 
+    HTTP ─▶ Gateway ─▶ TextEncoder, in batches
+                   └─▶ IndexPart 1 … n, side by side
+
+With one part everything is in the gateway's process, for latency; with more each part of the index and
+the text encoder are deployments of their own, which scale by themselves.
+"""
+
+import asyncio
 import logging
 import os
-import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Any
 
-from fastapi import FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import BaseModel, Field
+import faiss
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.exceptions import RayError, RayTaskError
 from ray.serve import Application
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from vsearch import runtime
 from vsearch.config import UserError
+from vsearch.corpus import Corpus
+from vsearch.encoders import ClipEncoder
+from vsearch.keys import Keys
+from vsearch.query import Vector
+from vsearch.routes import make_app
 from vsearch.search import Engine
-from vsearch.storage import open_url
-
-WEB = Path(__file__).parent / "web"
-PIECE_BYTES = 1 << 20
-MEDIA_TYPES = {".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/mp4", ".webm": "video/webm"}
-SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-
-
-class SegmentOut(BaseModel):
-    video: str = Field(description="where the video lives")
-    video_id: str = Field(description="names the video in /v1/media")
-    start_s: float = Field(description="seconds, as a player seeks")
-    end_s: float
-    best_s: float = Field(description="the strongest frame")
-    score: float = Field(description="mean cosine of the segment's frames")
-    recorded_at: str = Field(description="absolute time of the start, ISO 8601")
-
-
-class SearchOut(BaseModel):
-    query: str
-    snapshot: str
-    took_ms: float
-    segments: list[SegmentOut]
-
-
-class StatusOut(BaseModel):
-    snapshot: str
-    space: str
-    videos: int
-    rows: int
-
-
-# Ray Serve copies the application when it decorates the class: what its methods call stands above.
-
-
-def _ranged(uri: str, header: str | None) -> Response:
-    """A file from any fsspec URL, streamed; with a Range header (RFC 9110, one range) that part."""
-    try:
-        file = open_url(uri)
-        size = file.seek(0, os.SEEK_END)
-    except FileNotFoundError as error:
-        raise HTTPException(404, "The video is no longer where it was ingested from.") from error
-    except Exception as error:  # each storage has errors of its own
-        logging.getLogger("ray.serve").warning("%s cannot be read: %r", uri, error)
-        raise HTTPException(503, "The video's storage cannot be read now: try later.") from error
-    kind = MEDIA_TYPES.get(Path(uri).suffix.lower(), "application/octet-stream")
-    headers = {"Accept-Ranges": "bytes"}
-    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
-    if not asked or asked.groups() == ("", ""):
-        headers["Content-Length"] = str(size)
-        return StreamingResponse(_pieces(file, 0, size), 200, headers, kind)
-    first, last = asked.groups()
-    start = int(first) if first else max(0, size - int(last))
-    stop = min(size, int(last) + 1) if first and last else size
-    if start >= stop:
-        file.close()
-        return Response(status_code=416, headers={"Content-Range": f"bytes */{size}"})
-    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-    headers["Content-Length"] = str(stop - start)
-    return StreamingResponse(_pieces(file, start, stop), 206, headers, kind)
-
-
-def _pieces(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
-    with file:
-        file.seek(start)
-        left = stop - start
-        while left > 0 and (data := file.read(min(PIECE_BYTES, left))):
-            left -= len(data)
-            yield data
-
-
-api = FastAPI(
-    title="vsearch",
-    version="1",
-    summary="Type a sentence, get the moments in your video archive.",
-    docs_url=None,
-    redoc_url=None,
+from vsearch.service import (
+    LoadedPart,
+    Method,
+    MissingPartError,
+    Part,
+    Record,
+    Service,
+    UnavailableError,
+    follow,
 )
+from vsearch.versions import Versions
+
+NAME = "vsearch"
+ROWS_A_PART = 20_000_000
+"""So many rows take about 3 GB of memory and answer within about 10 ms."""
+BATCH = 32
+LOGGING = LoggingConfig(encoding="JSON")
 
 
-@api.middleware("http")
-async def _secure(request: Request, call_next: Any) -> Response:
-    response: Response = await call_next(request)
-    response.headers.update(SECURITY_HEADERS)
-    return response
+class ServeArgs(BaseModel):
+    """Arguments of the application in a Serve config file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    corpus: str = Field(description="where the corpus lives: a folder or an fsspec URL")
+    parts: int | None = Field(
+        None, ge=1, description="parts of the index; without it by the number of rows"
+    )
+    part_replicas: int = Field(
+        1, ge=1, description="replicas of each part, where there are several"
+    )
+    keys: str | None = Field(None, description="file of API keys, as 'vsearch key' makes it")
+    no_auth: bool = Field(
+        False, description="answer without keys to everybody; else only to this machine's own names"
+    )
+    refresh_s: float = Field(5.0, gt=0, description="how often the snapshot in use is looked up")
 
 
-@serve.deployment(max_ongoing_requests=32)
-@serve.ingress(api)
-class SearchService:
-    """Answers from one snapshot, in one process."""
+class TextEncoder:
+    """Sentences to unit vectors, as many at once as are waiting."""
 
     def __init__(self, corpus_url: str) -> None:
-        self._engine = Engine(corpus_url)
-        self._engine.search("warm-up", limit=1)
-        self._videos = {video["video_id"]: video["uri"] for video in self._engine.videos}
+        self._encoder = ClipEncoder.recorded(Corpus(corpus_url).config.clip)
+        self._encoder.encode_text(["warm-up"])
 
-    @api.get("/v1/search", response_model=SearchOut)
-    def search(
-        self,
-        q: Annotated[str, Query(min_length=1, max_length=500, description="what to look for")],
-        limit: Annotated[int, Query(ge=1, le=100)] = 12,
-        max_gap_s: Annotated[float, Query(ge=0, le=60)] = 1.0,
-    ) -> dict[str, Any]:
-        """The strongest segments for a sentence."""
+    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0)
+    async def encode(self, sentences: list[str]) -> list[Vector]:
+        return list(await asyncio.to_thread(self._encoder.encode_text, sentences))
+
+
+class IndexPart:
+    """A part of the index in a process of its own; it follows the snapshot in use by itself."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it, so that there is a loop to follow in
+        self, corpus_url: str, number: int, parts: int, refresh_s: float
+    ) -> None:
+        faiss.omp_set_num_threads(1)
+        versions = Versions(corpus_url, slice(number, None, parts))
+        self._part = LoadedPart(versions, ThreadPoolExecutor(_threads(), "search"))
+        self._following = asyncio.create_task(follow(versions, refresh_s))
+
+    async def ask(self, snapshot: str, method: Method, *arguments: Any) -> Any:
+        return await self._part.ask(snapshot, method, *arguments)
+
+
+class RemotePart:
+    """A part of the index behind a handle."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def ask(self, snapshot: str, method: Method, *arguments: Any) -> Any:
         try:
-            return self._engine.search(q, limit, max_gap_s).to_dict()
-        except UserError as error:
-            raise HTTPException(422, str(error)) from error
+            return await self._handle.ask.remote(snapshot, method, *arguments)
+        except RayTaskError:  # a fault of ours, in another process
+            raise
+        except BackPressureError:
+            raise MissingPartError("has too much to do") from None
+        except (RayError, DeploymentUnavailableError) as error:
+            logging.getLogger("ray.serve").warning("a part of the index is away: %r", error)
+            raise MissingPartError("is away") from None
 
-    @api.get("/v1/status", response_model=StatusOut)
-    def status(self) -> dict[str, Any]:
-        """The snapshot in use."""
-        return {
-            "snapshot": self._engine.snapshot,
-            "space": self._engine.manifest["space"],
-            "videos": len(self._videos),
-            "rows": self._engine.rows,
-        }
 
-    @api.get("/v1/media/{video_id}", response_class=Response)
-    def media(self, video_id: str, request: Request) -> Response:
-        """A video of the snapshot, in full or the range of bytes asked for."""
-        if video_id not in self._videos:
-            raise HTTPException(404, "There is no such video in the index.")
-        return _ranged(self._videos[video_id], request.headers.get("range"))
+async def _encode_afar(encoder: DeploymentHandle, sentence: str) -> Vector:
+    try:
+        return await encoder.encode.remote(sentence)
+    except RayTaskError:
+        raise
+    except (RayError, DeploymentUnavailableError, BackPressureError) as error:
+        raise UnavailableError("Sentences cannot be encoded now: try again soon.") from error
 
-    @api.get("/healthz")
-    def health(self) -> dict[str, str]:
-        return {"status": "ok"}
 
-    @api.get("/", include_in_schema=False)
-    def page(self) -> FileResponse:
-        return FileResponse(WEB / "index.html")
+class Gateway:
+    """Takes requests; holds the whole index itself where it is given no handles to its parts."""
 
-    @api.get("/{name}.{suffix}", include_in_schema=False)
-    def asset(self, name: str, suffix: str) -> FileResponse:
-        path = WEB / f"{name}.{suffix}"
-        if path.parent != WEB or suffix not in ("css", "js", "svg") or not path.is_file():
-            raise HTTPException(404, "There is no such page.")
-        return FileResponse(path)
+    def __init__(
+        self,
+        args: ServeArgs,
+        encoder: DeploymentHandle | None = None,
+        *parts: DeploymentHandle,
+    ) -> None:
+        faiss.omp_set_num_threads(1)
+        self._args = args
+        self._versions = Versions(args.corpus, slice(0, 0) if parts else slice(None))
+        threads = ThreadPoolExecutor(_threads(), "search")
+        there: list[Part] = [RemotePart(handle) for handle in parts]
+        encode = partial(_encode_afar, encoder) if encoder else TextEncoder(args.corpus).encode
+        self._service = Service(
+            args.corpus,
+            self._versions,
+            there or [LoadedPart(self._versions, threads)],
+            encode,
+            _measurements(),
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        keys = Keys.load(Path(self._args.keys)) if self._args.keys else None
+        local = keys is None and not self._args.no_auth
+        return make_app(self._service, keys, local, self._background)
+
+    async def _background(self) -> None:
+        ready = self._service.ready
+        await asyncio.gather(
+            follow(self._versions, self._args.refresh_s, ready), self._service.watch()
+        )
+
+
+def _threads() -> int:
+    return max(2, os.cpu_count() or 1)
+
+
+def _measurements() -> Record:
+    """Metrics as Ray exports them to Prometheus, with the deployment and the replica as labels."""
+    from ray.serve import metrics
+
+    steps = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+    known: dict[str, Any] = {
+        "queries": metrics.Counter("vsearch_queries", "answers, by outcome", ("outcome",)),
+        "refused": metrics.Counter("vsearch_refused", "refused for too much under way", ("kind",)),
+        "missing_parts": metrics.Counter("vsearch_missing_parts", "parts that did not answer"),
+        "text_cache": metrics.Counter("vsearch_text_cache", "look-ups of sentences", ("outcome",)),
+        "query_seconds": metrics.Histogram("vsearch_query_seconds", "whole queries", steps),
+        "step_seconds": metrics.Histogram(
+            "vsearch_step_seconds", "steps of queries", steps, ("step",)
+        ),
+        "rows": metrics.Gauge("vsearch_rows", "rows of the snapshot in use"),
+        "shards": metrics.Gauge("vsearch_shards", "shards of the snapshot in use"),
+        "published": metrics.Gauge("vsearch_snapshot_published", "when, in seconds since 1970"),
+        "searches": metrics.Gauge("vsearch_searches_under_way", "queries being answered"),
+    }
+
+    def record(name: str, value: float, labels: dict[str, str]) -> None:
+        metric = known[name]
+        if isinstance(metric, metrics.Counter):
+            metric.inc(value, labels)
+        elif isinstance(metric, metrics.Gauge):
+            metric.set(value, labels)
+        else:
+            metric.observe(value, labels)
+
+    return record
+
+
+# ── the application ──────────────────────────────────────────────────────────────────────────────
+
+
+def build_app(args: ServeArgs) -> Application:
+    """The application for `serve deploy`: `import_path: vsearch.serve:build_app`."""
+    return _application(args, lambda replicas: 1.0)
+
+
+def _application(args: ServeArgs, cores: Callable[[int], float]) -> Application:
+    """`cores` says how many each of so many replicas asks Ray for."""
+    if args.keys:
+        Keys.load(Path(args.keys))  # a file that is not there is said here, in one sentence
+    parts = args.parts or parts_for(Engine(args.corpus, part=slice(0, 0)).manifest["rows"])
+    asked = {"num_cpus": cores(1 if parts == 1 else 2 + parts * args.part_replicas)}
+    # What is under way at once is limited by the service, which refuses with 429 and a time to wait.
+    gateway = serve.deployment(serve.ingress()(Gateway)).options(
+        name="Gateway",
+        ray_actor_options=asked,
+        max_ongoing_requests=256,
+        logging_config=LOGGING,
+        graceful_shutdown_timeout_s=30,
+        health_check_period_s=10,
+    )
+    if parts == 1:
+        return gateway.bind(args)
+    encoder = serve.deployment(TextEncoder).options(
+        name="TextEncoder",
+        ray_actor_options=asked,
+        max_ongoing_requests=4 * BATCH,
+        logging_config=LOGGING,
+    )
+    handles = [
+        serve.deployment(IndexPart)
+        .options(
+            name=f"IndexPart-{number}",
+            num_replicas=args.part_replicas,
+            ray_actor_options=asked,
+            max_ongoing_requests=64,
+            max_queued_requests=128,
+            logging_config=LOGGING,
+        )
+        .bind(args.corpus, number, parts, args.refresh_s)
+        for number in range(parts)
+    ]
+    return gateway.bind(args, encoder.bind(args.corpus), *handles)
+
+
+def parts_for(rows: int) -> int:
+    """How many parts an index of so many rows gets."""
+    return max(1, -(-rows // ROWS_A_PART))
 
 
 def _require_free(host: str, port: int) -> None:
@@ -177,29 +263,25 @@ def _require_free(host: str, port: int) -> None:
 
 
 def stop() -> None:
-    """Takes the service down, also from a cluster that goes on."""
-    serve.delete("vsearch")
+    """Takes the service down, also from a cluster that goes on; what it accepted is finished."""
+    serve.delete(NAME)
 
 
-class ServeArgs(BaseModel):
-    """Arguments of the application in a Serve config file."""
-
-    corpus: str
-
-
-def build_app(args: ServeArgs) -> Application:
-    """The application for `serve deploy`: `import_path: vsearch.serve:build_app`."""
-    application: Application = SearchService.bind(args.corpus)  # type: ignore[attr-defined]
-    return application
-
-
-def start(corpus_url: str, host: str = "127.0.0.1", port: int = 8000) -> str:
+def start(args: ServeArgs, host: str = "127.0.0.1", port: int = 8000) -> str:
     """Serves a corpus from this machine until Ray ends; returns the page's address."""
-    engine = Engine(corpus_url)  # a missing index is said here, in one sentence
+    engine = Engine(args.corpus, part=slice(0, 0))  # a missing index is said here, in one sentence
     if not runtime.on_cluster():
         _require_free(host, port)
     runtime.connect()
     serve.start(http_options={"host": host, "port": port})
+    whole = args.model_copy(update={"corpus": engine.corpus.url})
+    # On one machine more parts than cores share them, rather than wait for cores for ever.
+    cores = runtime.cpus()
     with runtime.user_errors():
-        serve.run(build_app(ServeArgs(corpus=engine.corpus.url)), name="vsearch", route_prefix="/")
+        application = (
+            build_app(whole)
+            if runtime.on_cluster()
+            else _application(whole, lambda replicas: min(1.0, cores * 99 // replicas / 100))
+        )
+        serve.run(application, name=NAME, route_prefix="/")
     return f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}/"
