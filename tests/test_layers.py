@@ -13,13 +13,15 @@ PACKAGE = Path(vsearch.__file__).parent
 WITHOUT_RAY = [
     "schema", "config", "corpus", "video", "sampling", "encoders", "projector", "moments", "index",
     "search", "evaluate", "storage", "sources", "decoder", "coverage", "probing", "show", "recall",
-    "snapshots", "filters", "verify", "parts",
+    "snapshots", "filters", "verify", "parts", "keys", "clips", "exports", "pictures", "query", "api",
+    "guard", "media", "versions", "service", "routes",
 ]  # fmt: skip
 STAGES = {"ingest", "train", "build_index", "serve"}
 ORDER = [
-    "config", "schema", "sampling", "storage", "sources", "video", "decoder", "coverage", "corpus",
-    "probing", "encoders", "projector", "moments", "index", "recall", "snapshots", "filters", "search",
-    "evaluate", "verify", "parts", "runtime",
+    "config", "keys", "query", "schema", "sampling", "storage", "sources", "video", "clips", "decoder",
+    "coverage", "corpus", "probing", "encoders", "projector", "pictures", "moments", "index", "recall",
+    "snapshots", "filters", "search", "exports", "evaluate", "verify", "parts", "api", "guard", "media",
+    "versions", "service", "routes", "runtime",
 ]  # fmt: skip
 FLOORS = [*({name} for name in ORDER), STAGES, {"demo"}, {"show"}, {"cli"}]
 ABOVE = {

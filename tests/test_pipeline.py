@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from collections import Counter
 from email.message import Message
 from pathlib import Path
 
+import av
 import numpy as np
+import opentimelineio as otio
 import pyarrow.parquet as pq
 import pytest
 
@@ -22,7 +25,6 @@ from vsearch import runtime
 from vsearch.build_index import build_index
 from vsearch.config import PRESETS, TrainConfig, UserError
 from vsearch.corpus import Corpus, newest_projector
-from vsearch.demo.world import make_world
 from vsearch.evaluate import evaluate, read_queries
 from vsearch.index import exact_search
 from vsearch.ingest import ingest
@@ -30,13 +32,6 @@ from vsearch.train import split_videos, train
 from vsearch.video import decode, probe
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, seed=11, videos=4, scenes_per_video=3)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +290,7 @@ def test_the_whole_path_on_object_storage_that_fails_now_and_then(
 
 def test_cli_json_contracts(built, world):
     answer = json.loads(run_cli("search", "a tree", "--corpus", built, "--json").stdout)
-    assert set(answer) == {"query", "snapshot", "took_ms", "segments"}
+    assert set(answer) == {"query", "snapshot", "took_ms", "took", "background", "segments"}
     wanted = {"video", "start_s", "end_s", "best_s", "score", "recorded_at"}
     assert answer["segments"] and wanted <= set(answer["segments"][0])
     status = json.loads(run_cli("status", "--corpus", built, "--json").stdout)
@@ -309,9 +304,38 @@ def test_cli_json_contracts(built, world):
     assert {"queries", "R1@0.5", "R1@0.7", "R5@0.5", "mAP"} <= set(figures)
 
 
+def test_what_was_found_is_handed_out_as_files_and_lists(built, tmp_path):
+    asked = ("search", "a tree", "--corpus", built, "--limit", "3")
+    folder = tmp_path / "found" / "trees"
+    done = run_cli(*asked, "--format", "csv", "--clips", str(folder))
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert len(rows) == 3
+    names = [
+        f"{row['place']:0>2}-{Path(row['video']).stem}-{float(row['start_s']):06.1f}s.mp4"
+        for row in rows
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for row, name in zip(rows, names, strict=True):
+        [line] = [line for line in done.stderr.splitlines() if name in line]
+        assert "video copied" in line and "no sound" in line
+        with av.open(str(folder / name)) as clip:
+            lasts_s = clip.duration / av.time_base
+        early = re.search(r"([0-9.]+) s earlier", line)
+        wanted_s = float(row["end_s"]) - float(row["start_s"]) + float(early[1] if early else 0)
+        assert lasts_s == pytest.approx(wanted_s, abs=0.25)
+    urls = [row["video"] for row in rows]
+    text = run_cli(*asked, "--format", "otio").stdout
+    timeline = otio.adapters.read_from_string(text, "otio_json")
+    assert [clip.media_reference.target_url for clip in timeline.find_clips()] == urls
+    edl = run_cli(*asked, "--format", "edl").stdout
+    assert re.findall(r"^\* FROM CLIP: (.*)$", edl, re.MULTILINE) == urls
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("search", "x", "--corpus", "CORPUS", "--format", "xml"), "no format 'xml'"),
         (("search", "x", "--corpus", "/nowhere"), "no corpus at /nowhere"),
         (("ingest", "/nowhere", "--models", "demo"), "nothing at /nowhere"),
         (("ingest", ".", "--models", "huge"), "no model preset"),
@@ -344,12 +368,12 @@ def service(built):
 
     from ray import serve
 
-    from vsearch.serve import start
+    from vsearch.serve import ServeArgs, start
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    yield start(built, port=port).rstrip("/")
+    yield start(ServeArgs(corpus=built), port=port).rstrip("/")
     serve.shutdown()
 
 
@@ -371,15 +395,15 @@ def test_service_refuses_bad_queries(service, query):
 def test_service_streams_ranges_of_the_videos_of_the_corpus_only(service, world, built):
     segment = vsearch.open(built).search("a star", limit=1)[0]
     whole = Path(segment.video).read_bytes()
-    address = f"{service}/v1/media/{segment.video_id}"
+    address = f"{service}/v1/videos/{segment.video_id}/media"
     assert get(address)[2] == whole
     for header, part in (("10-99", whole[10:100]), ("100-", whole[100:]), ("-50", whole[-50:])):
         status, headers, body = get(address, {"Range": f"bytes={header}"})
         assert status == 206 and body == part
         assert headers["content-range"].endswith(f"/{len(whole)}")
     assert get(address, {"Range": f"bytes={len(whole)}-"})[0] == 416
-    assert get(f"{service}/v1/media/{'0' * 32}")[0] == 404
-    assert get(f"{service}/v1/media/..%2F..%2Fetc%2Fpasswd")[0] == 404
+    assert get(f"{service}/v1/videos/{'0' * 32}/media")[0] == 404
+    assert get(f"{service}/v1/videos/..%2F..%2Fetc%2Fpasswd/media")[0] == 404
 
 
 def test_service_gives_the_page_and_its_parts(service):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -23,6 +23,8 @@ from vsearch.config import (
 from vsearch.show import (
     STATUS_ROWS,
     IngestView,
+    clip_line,
+    clip_name,
     console,
     coverage_line,
     draw_recall,
@@ -37,6 +39,9 @@ from vsearch.show import (
     results_table,
     snapshots_table,
 )
+
+if TYPE_CHECKING:
+    from vsearch.search import Engine, Results
 
 app = typer.Typer(
     help="Type a sentence, get the moments in your video archive.",
@@ -123,6 +128,8 @@ SourcesArgument = Annotated[
     ),
 ]
 DEFAULT_CORPUS = "corpus"
+OWN_ADDRESSES = ("127.0.0.1", "localhost", "::1")
+FORMATS = ("table", "json", "csv", "edl", "otio")
 LISTED_FILES = 20
 
 
@@ -480,19 +487,36 @@ def search(
     before: Annotated[
         datetime | None, typer.Option("--before", help="Recorded before this time (UTC).")
     ] = None,
-    as_json: JsonOption = False,
+    clips: Annotated[
+        Path | None,
+        typer.Option("--clips", help="Cut the segments out into this folder, as MP4 files."),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="table, or on stdout: json, csv, edl (CMX 3600), otio.")
+    ] = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
 ) -> None:
     """Find the moments that answer a sentence.
+
+    Clips are copied with their sound, so each begins at a keyframe; what an MP4 file cannot hold is
+    encoded anew.
 
     Examples:
 
     [bold]vsearch search "a red car on the beach" --limit 5[/]
+
+    [bold]vsearch search "a red car on the beach" --clips ./cars[/]
+
+    [bold]vsearch search "a red car on the beach" --format otio > cars.otio[/]
 
     [bold]vsearch search "someone at the door" --path '*/yard/*' --after 2026-05-01 --tag site=north[/]
     """
     import vsearch
     from vsearch.filters import Filter
 
+    form = "json" if as_json else form
+    if form not in FORMATS:
+        raise UserError(f"There is no format {form!r}: choose {', '.join(FORMATS)}.")
     pairs = [text.partition("=") for text in tag or []]
     if any(not equals for _, equals, _ in pairs):
         raise UserError(f"--tag takes NAME=VALUE, not {' '.join(tag or [])!r}.")
@@ -500,15 +524,52 @@ def search(
         tuple(video or ()), tuple(path or ()), {name: value for name, _, value in pairs},
         from_s, to_s, after, before,
     )  # fmt: skip
-    results = vsearch.open(corpus).search(
-        query, limit, max_gap, where if where != Filter() else None
-    )
-    if as_json:
+    engine = vsearch.open(corpus)
+    results = engine.search(query, limit, max_gap, where if where != Filter() else None)
+    if form == "json":
         emit(results.to_dict())
-    else:
+    elif form == "table":
         Console().print(results_table(results))
+    else:
+        sys.stdout.write(_exported(results, form, engine))
     if not results and where != Filter():
         console.print("No moment of the index satisfies the filters.")
+    if clips is not None:
+        _cut_out(results, engine, clips)
+
+
+def _exported(results: "Results", form: str, engine: "Engine") -> str:
+    from vsearch.exports import to_csv, to_edl, to_otio
+
+    if form == "csv":
+        return to_csv(results)
+    return {"edl": to_edl, "otio": to_otio}[form](results, engine.corpus.videos())
+
+
+def _cut_out(results: "Results", engine: "Engine", folder: Path) -> None:
+    """Writes each segment to a file, and a line about it; exit code 1 if one could not be."""
+    from vsearch.clips import cut
+    from vsearch.video import VideoError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be a folder for clips: {error.strerror}.") from error
+    zeros = {video["video_id"]: video["zero_s"] for video in engine.videos}
+    failed = 0
+    for place, segment in enumerate(results, 1):
+        target = folder / clip_name(place, segment.video, segment.start_s)
+        zero_s = zeros[segment.video_id]
+        try:
+            done = cut(segment.video, segment.start_s + zero_s, segment.end_s + zero_s, target)
+        except (VideoError, OSError) as error:
+            failed += 1
+            line = f"[red]not cut out[/] {escape(segment.video)}: {escape(str(error))}"
+        else:
+            line = f"{escape(str(target))}  {clip_line(done)}"
+        console.print(line, highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -575,15 +636,40 @@ def serve(
     corpus: CorpusOption = DEFAULT_CORPUS,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
+    keys: Annotated[
+        str | None, typer.Option("--keys", help="File of API keys, as 'vsearch key' makes it.")
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let everybody in who can reach the address.")
+    ] = False,
+    parts: Annotated[
+        int | None,
+        typer.Option("--parts", min=1, help="Processes for the index; by its size without it."),
+    ] = None,
 ) -> None:
-    """Serve the page and the HTTP API until Ctrl-C.
+    """Serve the page and the HTTP API until Ctrl-C; new snapshots are taken up as they come.
 
-    Example: [bold]vsearch serve --corpus ./corpus --port 8000[/]
+    Elsewhere than on this machine's own address it needs --keys, or an explicit --no-auth.
+
+    Examples:
+
+    [bold]vsearch serve --corpus ./corpus --port 8000[/]
+
+    [bold]vsearch key anna --keys keys.toml && vsearch serve --host 0.0.0.0 --keys keys.toml[/]
     """
-    from vsearch.serve import start, stop
+    from vsearch.serve import ServeArgs, start, stop
 
+    if keys and no_auth:
+        raise UserError("--keys and --no-auth contradict each other: give one of them.")
+    if host not in OWN_ADDRESSES and not keys and not no_auth:
+        raise UserError(
+            f"Listening on {host} lets others in: give --keys FILE ('vsearch key' makes one), or "
+            f"--no-auth to let everybody in."
+        )
     with console.status("starting the service"):
-        address = start(corpus, host, port)
+        address = start(
+            ServeArgs(corpus=corpus, parts=parts, keys=keys, no_auth=no_auth), host, port
+        )
     console.print(f"The page is at [bold]{address}[/] (Ctrl-C ends it).")
     try:
         while True:
@@ -592,6 +678,40 @@ def serve(
         console.print("Stopped.")
     finally:
         stop()
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Whose key it is, as the service's log will say.")],
+    keys: Annotated[
+        Path, typer.Option("--keys", help="The file of names and SHA-256 of keys; made if missing.")
+    ],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Make a new key for a name that has one.")
+    ] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Take the key away instead of making one.")
+    ] = False,
+) -> None:
+    """Make a key for the query service, and print it: only its SHA-256 is kept.
+
+    Examples:
+
+    [bold]vsearch key newsroom --keys keys.json[/]
+
+    [bold]vsearch key newsroom --keys keys.json --remove[/]
+    """
+    from vsearch.keys import add_key, remove_key
+
+    if replace and remove:
+        raise UserError("Choose one of --replace and --remove.")
+    if remove:
+        remove_key(keys, name)
+        console.print(f"The key {name} is no longer in {escape(str(keys))}.", highlight=False)
+        return
+    made = add_key(keys, name, replace)
+    console.print(f"The key {name}, which cannot be shown again:", highlight=False)
+    print(made)
 
 
 @app.command()

@@ -3,9 +3,10 @@ stderr.
 """
 
 import json
+import re
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from vsearch import build_index, ingest
+    from vsearch.clips import Cut
     from vsearch.coverage import VideoState
     from vsearch.search import Results
 
@@ -200,6 +202,19 @@ def results_table(results: "Results", folder: Path | None = None) -> Table:
         name = Path(s.video).name if folder else s.video
         table.add_row(str(place), clock(s.start_s), clock(s.end_s), f"{s.score:.3f}", escape(name))
     return table
+
+
+def clip_name(place: int, uri: str, start_s: float) -> str:
+    """The name of the file into which a segment is cut out."""
+    plain = re.sub(r"[^\w.-]+", "_", PurePosixPath(uri).stem)[:80]
+    return f"{place:02d}-{plain}-{start_s:06.1f}s.mp4"
+
+
+def clip_line(done: "Cut") -> str:
+    """How a segment was cut out."""
+    early = f", from the keyframe {done.early_s:.1f} s earlier" if done.early_s >= 0.05 else ""
+    kinds = [f"video {done.video}{early}", f"sound {done.audio}" if done.audio else "no sound"]
+    return "; ".join(kinds)
 
 
 def figures_table(figures: dict[str, dict[str, Any]]) -> Table:
