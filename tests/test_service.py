@@ -72,9 +72,8 @@ def parts_of(url: str, count: int = PARTS) -> list[Any]:
 
 def service(url: str, parts: list[Any] | None = None) -> Service:
     if parts is not None:
-        return Service(url, Versions(url, slice(0, 0)), parts, meaning)
-    versions = Versions(url)
-    return Service(url, versions, [LoadedPart(versions, ThreadPoolExecutor(4))], meaning)
+        return Service(url, Versions(url, slice(0, 0)), meaning, parts)
+    return Service(url, Versions(url), meaning)
 
 
 class Late:
@@ -283,7 +282,7 @@ def test_parts_that_are_behind_or_ahead_never_mix_snapshots(
     # One that has both answers from the older, of which all parts have some.
     both = Versions(url, slice(0, 0))
     both._engines = [Engine(url, first, slice(0, 0)), Engine(url, second, slice(0, 0))]
-    mixed = Service(url, both, [*behind[:2], _Both(behind[2], ahead[2])], meaning)
+    mixed = Service(url, both, meaning, [*behind[:2], _Both(behind[2], ahead[2])])
     answer = asyncio.run(mixed.search(TERMS))
     assert (answer.results.snapshot, answer.missing) == (second, [])
     assert as_found(answer) == of_engine(url, "a boat", 12, second)
@@ -291,7 +290,7 @@ def test_parts_that_are_behind_or_ahead_never_mix_snapshots(
     Snapshots(Corpus(url)).roll_back(second)
     late = Versions(url, slice(0, 0))
     Snapshots(Corpus(url)).roll_back(first)
-    answer = asyncio.run(Service(url, late, ahead, meaning).search(TERMS))
+    answer = asyncio.run(Service(url, late, meaning, ahead).search(TERMS))
     assert (answer.results.snapshot, answer.missing) == (first, [])
     assert as_found(answer) == of_engine(url, "a boat", 12, first)
 
@@ -310,19 +309,19 @@ class _Both:
         return found
 
 
+@pytest.mark.parametrize("parts", [0, PARTS])
 def test_queries_under_way_while_snapshots_change_are_each_of_one(
-    corpus: tuple[str, list[str]], newest: str
+    corpus: tuple[str, list[str]], newest: str, parts: int
 ) -> None:
     url, versions = corpus
     texts = ["a boat", "rain", "a red house", "night"]
     truth = {
         (version, text): of_engine(url, text, 12, version) for version in versions for text in texts
     }
-    behind = [Versions(url, slice(n, None, PARTS)) for n in range(PARTS)]
+    behind = [Versions(url, slice(n, None, parts)) for n in range(parts)]
     threads = ThreadPoolExecutor(4)
-    there = Service(
-        url, Versions(url, slice(0, 0)), [LoadedPart(part, threads) for part in behind], meaning
-    )
+    afar = [LoadedPart(part, threads) for part in behind]
+    there = Service(url, Versions(url, slice(0, 0) if parts else slice(None)), meaning, afar)
     seen = []
 
     async def ask(text: str) -> None:
@@ -342,7 +341,7 @@ def test_queries_under_way_while_snapshots_change_are_each_of_one(
         following = [
             asyncio.create_task(follow(part, 0.02 * (n + 1))) for n, part in enumerate(behind)
         ]
-        following.append(asyncio.create_task(follow(there.versions, 0.03, there.ready)))
+        following.append(asyncio.create_task(there.run(0.03)))
         await asyncio.gather(change(), *map(ask, texts))
         for task in following:
             task.cancel()

@@ -172,5 +172,5 @@ def _reels(uris: Iterable[str]) -> dict[str, str]:
 
 
 def _line(text: str) -> str:
-    """A text without line breaks, which would begin another statement of an EDL."""
-    return " ".join(text.split())
+    """A text without control characters: a line break would begin another statement of an EDL."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

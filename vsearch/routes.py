@@ -36,15 +36,24 @@ KEPT_FOR = "private, max-age=604800, immutable"
 FormatQuery = Annotated[api.Format, Query(description=api.FORMATS)]
 VideoId = Annotated[str, PathParameter(pattern="^[0-9A-Za-z_-]{1,64}$")]
 Second = Annotated[float, Query(ge=0, le=1e7, allow_inf_nan=False)]
-MEDIA_TYPES = {"csv": "text/csv", "edl": "text/plain", "otio": "application/json"}
+MEDIA_TYPES = {
+    "csv": "text/csv",
+    "edl": "text/plain",
+    "otio": "application/vnd.opentimelineio+json",
+}
 WRITERS: dict[str, Callable[[Results, Service], str]] = {
     "csv": lambda results, _: exports.to_csv(results),
     "edl": lambda results, service: exports.to_edl(results, service.rows()),
     "otio": lambda results, service: exports.to_otio(results, service.rows()),
 }
+SEGMENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}}
+}
+PROBLEM = "application/problem+json"
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": api.ProblemOut, "description": description}
     for status, description in {
+        400: "the body cannot be read",
         401: "a key is needed",
         404: "there is no such thing",
         410: "the cursor's snapshot is gone: search again",
@@ -55,8 +64,8 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 TITLES = {
-    404: "Not Found", 405: "Method Not Allowed", 410: "Gone", 422: "Unprocessable Content",
-    429: "Too Many Requests", 503: "Service Unavailable",
+    400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 410: "Gone",
+    422: "Unprocessable Content", 429: "Too Many Requests", 503: "Service Unavailable",
 }  # fmt: skip
 
 
@@ -91,7 +100,17 @@ def make_app(
     _add_videos(app, service)
     _add_operations(app, service, keys)
     _add_page(app)
+    _name_problems(app)
     return app
+
+
+def _name_problems(app: FastAPI) -> None:
+    """Gives errors their own media type in the OpenAPI document, where FastAPI says JSON."""
+    document = app.openapi()
+    for operation in (o for path in document["paths"].values() for o in path.values()):
+        for status, answer in operation["responses"].items():
+            if int(status) >= 400 and "application/json" in answer.get("content", {}):
+                answer["content"] = {PROBLEM: answer["content"]["application/json"]}
 
 
 def _problem(
@@ -100,7 +119,7 @@ def _problem(
     body = api.problem(
         status, TITLES.get(status, "Error"), detail, request.headers.get("x-request-id")
     )
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
+    return JSONResponse(body, status, headers, media_type=PROBLEM)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -154,7 +173,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
         name = f"attachment; filename=segments.{form}"
         return Response(body, media_type=MEDIA_TYPES[form], headers={"Content-Disposition": name})
 
-    @app.get("/v1/search", response_model=api.SearchOut)
+    @app.get("/v1/search", response_model=api.SearchOut, responses=SEGMENTS)
     async def search(
         asked: Annotated[api.SearchParameters, Query()],
     ) -> Response:
@@ -162,7 +181,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
         query = asked.query()
         return await answer(query, query.all_terms(), asked.format)
 
-    @app.post("/v1/search", response_model=api.SearchOut)
+    @app.post("/v1/search", response_model=api.SearchOut, responses=SEGMENTS)
     async def search_composed(query: api.QueryIn, format: FormatQuery = "json") -> Response:
         """The strongest segments for sentences, images and moments together, for and against."""
         return await answer(query, await _terms(service, query), format)
@@ -170,6 +189,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/search/image",
         response_model=api.SearchOut,
+        responses=SEGMENTS,
         openapi_extra={
             "requestBody": {
                 "required": True,

@@ -9,10 +9,8 @@ the text encoder are deployments of their own, which scale by themselves.
 
 import asyncio
 import logging
-import os
 import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,11 +37,11 @@ from vsearch.service import (
     LoadedPart,
     Method,
     MissingPartError,
-    Part,
     Record,
     Service,
     UnavailableError,
     follow,
+    search_threads,
 )
 from vsearch.versions import Versions
 
@@ -93,7 +91,7 @@ class IndexPart:
     ) -> None:
         faiss.omp_set_num_threads(1)
         versions = Versions(corpus_url, slice(number, None, parts))
-        self._part = LoadedPart(versions, ThreadPoolExecutor(_threads(), "search"))
+        self._part = LoadedPart(versions, search_threads())
         self._following = asyncio.create_task(follow(versions, refresh_s))
 
     async def ask(self, snapshot: str, method: Method, *arguments: Any) -> Any:
@@ -138,32 +136,20 @@ class Gateway:
     ) -> None:
         faiss.omp_set_num_threads(1)
         self._args = args
-        self._versions = Versions(args.corpus, slice(0, 0) if parts else slice(None))
-        threads = ThreadPoolExecutor(_threads(), "search")
-        there: list[Part] = [RemotePart(handle) for handle in parts]
         encode = partial(_encode_afar, encoder) if encoder else TextEncoder(args.corpus).encode
         self._service = Service(
             args.corpus,
-            self._versions,
-            there or [LoadedPart(self._versions, threads)],
+            Versions(args.corpus, slice(0, 0) if parts else slice(None)),
             encode,
+            [RemotePart(handle) for handle in parts],
             _measurements(),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         keys = Keys.load(Path(self._args.keys)) if self._args.keys else None
         local = keys is None and not self._args.no_auth
-        return make_app(self._service, keys, local, self._background)
-
-    async def _background(self) -> None:
-        ready = self._service.ready
-        await asyncio.gather(
-            follow(self._versions, self._args.refresh_s, ready), self._service.watch()
-        )
-
-
-def _threads() -> int:
-    return max(2, os.cpu_count() or 1)
+        background = partial(self._service.run, self._args.refresh_s)
+        return make_app(self._service, keys, local, background)
 
 
 def _measurements() -> Record:

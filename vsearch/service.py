@@ -6,6 +6,7 @@ comes in time, follows the snapshot in use.
 
 import asyncio
 import logging
+import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -91,6 +92,11 @@ class LoadedPart:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
 
+def search_threads() -> ThreadPoolExecutor:
+    """Threads for searches: FAISS computes outside of Python's lock."""
+    return ThreadPoolExecutor(max(2, os.cpu_count() or 1), "search")
+
+
 async def follow(
     versions: Versions, every_s: float, ready: Callable[[Engine], Awaitable[bool]] | None = None
 ) -> None:
@@ -156,26 +162,28 @@ class _StaleError(Exception):
 
 
 class Service:
-    """Answers from one snapshot at a time. `versions` tells of videos (and holds the shards, where all
-    is in one process); `parts` are asked for segments; `encode_text` gives a sentence's unit vector;
-    `record` takes measurements.
+    """Answers from one snapshot at a time. `encode_text` gives a sentence's unit vector; `parts` are
+    asked for segments, without them the shards of `versions` in this process; `versions` tells of
+    videos; `record` takes measurements.
     """
 
     def __init__(
         self,
         corpus_url: str,
         versions: Versions,
-        parts: Sequence[Part],
         encode_text: Callable[[str], Awaitable[Vector]],
+        parts: Sequence[Part] = (),
         record: Record = lambda name, value, labels: None,
         decoders: Decoders | None = None,
     ) -> None:
         self._corpus = Corpus(corpus_url)
-        self.versions, self._parts, self._encode_text = versions, parts, encode_text
+        self.versions, self._encode_text = versions, encode_text
+        self._afar = bool(parts)
+        self._parts = list(parts) or [LoadedPart(versions, search_threads())]
         self._record = record
         self._decoders = decoders or Decoders(2)
         self._under_way: Counter[str] = Counter()
-        self._late_until = [0.0] * len(parts)
+        self._late_until = [0.0] * len(self._parts)
         self._vectors: Kept[str, Vector] = Kept(VECTORS_KEPT)
         self._pictures: Kept[tuple[str, float, int], bytes] = Kept(PICTURE_BYTES_KEPT, len)
         self._picture_threads = ThreadPoolExecutor(2, "pictures")
@@ -188,6 +196,11 @@ class Service:
 
     # ── staying current ──────────────────────────────────────────────────────────────────────────
 
+    async def run(self, every_s: float) -> None:
+        """Follows the snapshot in use, and the videos of the corpus; for ever."""
+        ready = self.ready if self._afar else None
+        await asyncio.gather(follow(self.versions, every_s, ready), self._watch())
+
     async def ready(self, engine: Engine) -> bool:
         """Whether the parts have a snapshot."""
         asked = [
@@ -196,7 +209,7 @@ class Service:
         found = await asyncio.gather(*asked, return_exceptions=True)
         return not any(isinstance(answer, NotLoaded) for answer in found)
 
-    async def watch(self) -> None:
+    async def _watch(self) -> None:
         """Reads what the corpus knows of its videos again and again; for ever."""
         while True:
             began = time.monotonic()
