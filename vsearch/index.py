@@ -8,7 +8,8 @@ vectors, a score is their inner product: the cosine.
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,19 @@ def best_of(scores: Vectors, rows: Rows, k: int) -> tuple[Vectors, Rows]:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """FAISS works in the calling thread alone. A query has many short steps, in which threads would wait
+    for each other most of the time; many queries run side by side.
+    """
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)  # counts for this thread only
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 class Shard:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vsearch.config import UserError
 from vsearch.corpus import Corpus
 from vsearch.filters import Filter, Seconds
-from vsearch.index import DamagedIndexError, Index, Setting, Shard
+from vsearch.index import DamagedIndexError, Index, Setting, Shard, one_thread
 from vsearch.moments import Stretch, grow
 from vsearch.query import Term, compose, described, terms_of
 from vsearch.snapshots import Snapshots
@@ -283,7 +283,8 @@ class Engine:
         part, rows = found
         timeline = self._timelines[part]
         starts, ends = timeline.start_s[rows], timeline.end_s[rows]
-        scores = self.index.shards[part].scores(vector, rows.start, rows.stop)
+        with one_thread():
+            scores = self.index.shards[part].scores(vector, rows.start, rows.stop)
         start_s = min(0.0, float(starts.min()))
         duration_s = self.videos[self.numbers[video_id]]["duration_s"] or 0.0
         step_s = max((max(float(ends.max()), duration_s) - start_s) / steps, 1e-3)
@@ -326,6 +327,17 @@ class Engine:
         min_score: float | None = None,
     ) -> Found:
         """As `search`, for a unit vector (dim,) of CLIP's space; tells whether there are more."""
+        with one_thread():
+            return self._find(vector, limit, max_gap_s, where, min_score)
+
+    def _find(
+        self,
+        vector: NDArray[np.float32],
+        limit: int,
+        max_gap_s: float,
+        where: Filter | None,
+        min_score: float | None,
+    ) -> Found:
         if limit < 1:
             raise UserError(f"The limit must be at least 1, not {limit}.")
         if not max_gap_s >= 0:

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import faiss
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -89,7 +88,6 @@ class IndexPart:
     async def __init__(  # type: ignore[misc]  # Serve awaits it, so that there is a loop to follow in
         self, corpus_url: str, number: int, parts: int, refresh_s: float
     ) -> None:
-        faiss.omp_set_num_threads(1)
         versions = Versions(corpus_url, slice(number, None, parts))
         self._part = LoadedPart(versions, search_threads())
         self._following = asyncio.create_task(follow(versions, refresh_s))
@@ -134,7 +132,6 @@ class Gateway:
         encoder: DeploymentHandle | None = None,
         *parts: DeploymentHandle,
     ) -> None:
-        faiss.omp_set_num_threads(1)
         self._args = args
         encode = partial(_encode_afar, encoder) if encoder else TextEncoder(args.corpus).encode
         self._service = Service(
