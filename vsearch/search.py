@@ -265,9 +265,7 @@ class Engine:
         found = self._rows_of(video_id)
         if found is None:
             return None
-        part, rows = found
-        timeline = self._timelines[part]
-        starts, ends = timeline.start_s[rows], timeline.end_s[rows]
+        part, rows, starts, ends = found
         away_s = np.maximum(starts - at_s, at_s - ends).clip(min=0)
         row = rows.start + int(np.argmin(away_s))
         vector = np.asarray(self.index.shards[part].vectors[row], np.float32)
@@ -280,9 +278,7 @@ class Engine:
         found = self._rows_of(video_id)
         if found is None:
             return None
-        part, rows = found
-        timeline = self._timelines[part]
-        starts, ends = timeline.start_s[rows], timeline.end_s[rows]
+        part, rows, starts, ends = found
         with one_thread():
             scores = self.index.shards[part].scores(vector, rows.start, rows.stop)
         start_s = min(0.0, float(starts.min()))
@@ -298,14 +294,15 @@ class Engine:
         values = tuple(round(float(v), 6) if v > -math.inf else None for v in best)
         return Timeline(start_s, step_s, values)
 
-    def _rows_of(self, video_id: str) -> tuple[int, slice] | None:
-        """The part and the rows of a video."""
+    def _rows_of(self, video_id: str) -> tuple[int, slice, Seconds, Seconds] | None:
+        """The part and the rows of a video, with the starts and ends of the rows."""
         wanted = self.numbers.get(video_id, -1)
         for part, timeline in enumerate(self._timelines):
             (places,) = np.nonzero(timeline.numbers == wanted)
             if wanted >= 0 and len(places):
                 low, high = np.searchsorted(timeline.video, [places[0], places[0] + 1])
-                return part, slice(int(low), int(high))
+                rows = slice(int(low), int(high))
+                return part, rows, timeline.start_s[rows], timeline.end_s[rows]
         return None
 
     def search_vector(
