@@ -655,7 +655,7 @@ def serve(
 
     [bold]vsearch serve --corpus ./corpus --port 8000[/]
 
-    [bold]vsearch key anna --keys keys.toml && vsearch serve --host 0.0.0.0 --keys keys.toml[/]
+    [bold]vsearch key anna --keys keys.json && vsearch serve --host 0.0.0.0 --keys keys.json[/]
     """
     from vsearch.serve import ServeArgs, start, stop
 
@@ -682,7 +682,7 @@ def serve(
 
 @app.command()
 def key(
-    name: Annotated[str, typer.Argument(help="Whose key it is, as the service's log will say.")],
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
     keys: Annotated[
         Path, typer.Option("--keys", help="The file of names and SHA-256 of keys; made if missing.")
     ],

@@ -56,12 +56,10 @@ class Guard:
         if self._keys is None and self._local and host.lower() not in LOCAL_HOSTS:
             await _refuse(answer, 403, "This service answers to localhost only.", request_id)
             return
-        if self._keys is not None and not _is_open(scope["path"]):
-            name = self._keys.name_of(_presented(headers))
-            if name is None:
-                await _refuse(answer, 401, "A key is needed, or this one is not valid.", request_id)
-                return
-            scope.setdefault("state", {})["key_name"] = name
+        keys = None if _is_open(scope["path"]) else self._keys
+        if keys is not None and keys.name_of(_presented(headers)) is None:
+            await _refuse(answer, 401, "A key is needed, or this one is not valid.", request_id)
+            return
         if scope["method"] in ("POST", "PUT", "PATCH"):
             try:
                 body = await asyncio.wait_for(_body(headers, receive), BODY_S)

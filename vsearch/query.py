@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,14 +81,3 @@ def compose(
     if length < 1e-9:
         raise UserError("What the query asks for and what it does not want cancel each other.")
     return np.asarray(total / length, np.float32)
-
-
-def as_json(terms: Sequence[Term]) -> list[dict[str, Any]]:
-    """The terms for a log: without pictures."""
-    return [
-        {
-            "kind": "text" if t.text else "image" if t.picture is not None else "video",
-            "weight": t.weight,
-        }
-        for t in terms
-    ]

@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vsearch import api, exports
+from vsearch.clips import PREVIEW_S
 from vsearch.config import UserError
 from vsearch.decoder import BusyError
 from vsearch.guard import COOKIE, Guard
@@ -29,7 +30,6 @@ from vsearch.video import VideoError
 
 WEB = Path(__file__).parent / "web"
 RETRY_AFTER_S = 1
-PREVIEW_S = 60.0
 KEPT_FOR = "private, max-age=604800, immutable"
 """What a browser may do with a picture: a video is known by its content, so its frames never change."""
 
