@@ -152,7 +152,7 @@ def grow(
             row += len(rows) * step
     strong_rows = np.concatenate(rows_taken)
     lasting_s = np.maximum(end_s[strong_rows] - start_s[strong_rows], 1e-6)
-    mean = float(np.average(np.concatenate(values_taken).astype(np.float64), weights=lasting_s))
+    mean = float(np.concatenate(values_taken).astype(np.float64) @ lasting_s / lasting_s.sum())
     return Stretch(edges[0], edges[1], peak, min(mean, top))
 
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, overload
@@ -52,7 +52,7 @@ class Segment:
     video_id: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -477,7 +477,7 @@ def _next_free(
     parts: NDArray[np.int64],
     rows: NDArray[np.int64],
     place: int,
-    piece: int = 1024,
+    piece: int = 128,
 ) -> int:
     """The first place at or after `place` whose row no segment has taken, len(rows) if there is none."""
     while place < len(rows):

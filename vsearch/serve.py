@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve import Application
+from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -30,9 +31,12 @@ from vsearch.corpus import Corpus
 from vsearch.encoders import ClipEncoder
 from vsearch.keys import Keys
 from vsearch.query import Vector
-from vsearch.routes import make_app
+from vsearch.routes import RETRY_AFTER_S, make_app
 from vsearch.search import Engine
 from vsearch.service import (
+    MEDIA,
+    PICTURES,
+    SEARCHES,
     LoadedPart,
     Method,
     MissingPartError,
@@ -48,6 +52,7 @@ NAME = "vsearch"
 ROWS_A_PART = 20_000_000
 """So many rows take about 3 GB of memory and answer within about 10 ms."""
 BATCH = 32
+AT_ONCE = SEARCHES + MEDIA + PICTURES
 LOGGING = LoggingConfig(encoding="JSON")
 
 
@@ -195,11 +200,14 @@ def _application(args: ServeArgs, cores: Callable[[int], float]) -> Application:
         Keys.load(Path(args.keys))  # a file that is not there is said here, in one sentence
     parts = args.parts or parts_for(Engine(args.corpus, part=slice(0, 0)).manifest["rows"])
     asked = {"num_cpus": cores(1 if parts == 1 else 2 + parts * args.part_replicas)}
-    # What is under way at once is limited by the service, which refuses with 429 and a time to wait.
+    # What is under way at once is limited by the service, which refuses with 429 and a time to wait; so
+    # does the proxy, where the service is too busy even for that.
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
         name="Gateway",
         ray_actor_options=asked,
-        max_ongoing_requests=256,
+        max_ongoing_requests=AT_ONCE,
+        max_queued_requests=AT_ONCE // 2,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         logging_config=LOGGING,
         graceful_shutdown_timeout_s=30,
         health_check_period_s=10,

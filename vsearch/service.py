@@ -32,13 +32,13 @@ from vsearch.versions import Versions
 LOG = logging.getLogger("ray.serve")
 LIMIT_S = 10.0
 """So long may an answer take in all."""
-PART_LIMIT_S = 2.0
+PART_LIMIT_S = 1.0
 """So long is waited for one of several parts; then the others answer without it."""
 HURRY_S = 0.2
 """So long for a part that was late within the last `LATE_S` seconds: one that is gone must not make
 every answer late."""
 LATE_S = 5.0
-SEARCHES, MEDIA, PICTURES, IMAGES = 64, 64, 32, 16
+SEARCHES, MEDIA, PICTURES, IMAGES = 32, 64, 32, 16
 """So many are under way at once in one process; more are refused, to be asked again."""
 VECTORS_KEPT = 10_000
 PICTURE_BYTES_KEPT = 64 << 20
