@@ -68,6 +68,11 @@ def equal(found: object, wanted: object) -> None:
     require(found == wanted, f"{found!r} is not {wanted!r}")
 
 
+def documents(text: str) -> list[Any]:
+    """What a YAML file holds."""
+    return list(yaml.load_all(text, yaml.CSafeLoader))
+
+
 # ── schemas ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -277,10 +282,9 @@ def ray_up(text: str, check_node: Callable[[dict[str, Any], dict[str, Any]], Non
     from ray._private.label_utils import validate_label_key, validate_node_labels
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    config = yaml.safe_load(text)
+    (config,) = documents(text)
     schema = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
     check(jsonschema.Draft7Validator(json.loads(schema.read_text())), config)
-    validate_config(prepare_config(copy.deepcopy(config)))
     known = json.loads(schema.read_text())["properties"]["provider"]["properties"]
     require(set(config["provider"]) <= set(known), "the provider has an unknown option")
     require(config["idle_timeout_minutes"] <= 15, "idle nodes stay long")
@@ -329,6 +333,7 @@ def ray_up(text: str, check_node: Callable[[dict[str, Any], dict[str, Any]], Non
     require("export RAY_AUTH_MODE=token PATH" in setup, "Ray would let everybody in")
     require(f"--extra {config['provider']['type']}" in setup, "the provider's packages are missing")
     require("cloud-init status --wait" in config["initialization_commands"][0], "apt is locked")
+    validate_config(prepare_config(copy.deepcopy(config)))
     return config
 
 
@@ -579,7 +584,7 @@ def serve(text: str) -> Any:
     """A Serve config, by Serve's own schema made strict and by the application's arguments."""
     from ray.serve.schema import ServeDeploySchema
 
-    config = yaml.safe_load(text)
+    (config,) = documents(text)
     check(serve_schema(), config)
     ServeDeploySchema.model_validate(config)
     (application,) = config["applications"]
@@ -780,9 +785,9 @@ KINDS: dict[str, Callable[[Any], None]] = {
 
 def kubernetes(text: str, kinds: Iterable[str]) -> None:
     """Manifests: by the definitions of KubeRay and Kubernetes, strictly, and by what they leave open."""
-    documents = list(yaml.safe_load_all(text))
-    equal([document["kind"] for document in documents], list(kinds))
-    for document in documents:
+    resources = documents(text)
+    equal([resource["kind"] for resource in resources], list(kinds))
+    for document in resources:
         kind, metadata = document["kind"], document["metadata"]
         equal(metadata.get("namespace"), None if kind == "Namespace" else "vsearch")
         require(re.fullmatch(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?", metadata["name"]), "name")
@@ -835,7 +840,7 @@ def query_service(text: str) -> None:
 
 def base(text: str) -> None:
     kubernetes(text, ["Namespace", "ServiceAccount", "ServiceAccount", "NetworkPolicy"])
-    namespace, head, worker, _ = yaml.safe_load_all(text)
+    namespace, head, worker, _ = documents(text)
     equal(namespace["metadata"]["labels"], {"pod-security.kubernetes.io/enforce": "baseline"})
     equal(namespace["metadata"]["name"], "vsearch")
     equal(

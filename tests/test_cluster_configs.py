@@ -10,7 +10,6 @@ from typing import Any
 import boto3
 import botocore.exceptions
 import pytest
-import yaml
 from cluster_files import (
     CLUSTER,
     HEAD_MAY,
@@ -19,6 +18,7 @@ from cluster_files import (
     VALIDATORS,
     check_script,
     commands,
+    documents,
     shell_faults,
     strict,
     unknown_variables,
@@ -70,9 +70,9 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from places(value, (*path, key))
 
 
-def damaged(documents: Any, path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Any:
+def damaged(whole: Any, path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Any:
     """A copy in which `change(owner, key)` was applied at a path."""
-    whole = copy.deepcopy(documents)
+    whole = copy.deepcopy(whole)
     owner = whole
     for key in path[:-1]:
         owner = owner[key]
@@ -93,53 +93,45 @@ def changes_of(path: tuple[Any, ...]) -> list[Callable[[Any, Any], None]]:
     return [mistype] if isinstance(path[-1], int) else [misspell, mistype]
 
 
-class Plain(yaml.SafeDumper):
-    """Without anchors, so that a change is made in one place."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
 def unshared(text: str) -> list[Any]:
-    """The documents of a file with nothing shared between places."""
-    return list(json.loads(json.dumps(list(yaml.safe_load_all(text)))))
+    """The documents of a file, without anchors: a change is made in one place."""
+    return [json.loads(json.dumps(document)) for document in documents(text)]
 
 
-def dumped(name: str, documents: list[Any]) -> str:
-    if name.endswith(".json"):
-        return json.dumps(documents[0])
-    return yaml.dump_all(documents, Dumper=Plain, sort_keys=False)
+def dumped(*parts: Any) -> str:
+    """The text of a file: JSON is YAML."""
+    return "\n---\n".join(map(json.dumps, parts))
 
 
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_no_misspelt_key_and_no_wrong_type_passes(name: str) -> None:
-    documents = unshared(read(name))
-    assert not refused(name, dumped(name, documents)), "what is not damaged is refused"
+    parts = unshared(read(name))
+    assert not refused(name, dumped(*parts)), "what is not damaged is refused"
     passed = [
         (change.__name__, *path)
-        for path in places(documents)
+        for path in places(parts)
         if len(path) > 1  # not a whole document
         for change in changes_of(path)
-        if not refused(name, dumped(name, damaged(documents, path, change)))
+        if not refused(name, dumped(*damaged(parts, path, change)))
     ]
     assert passed == []
 
 
 def test_no_typo_in_the_embedded_serve_config_passes() -> None:
     name = "kubernetes/service.yaml"
-    documents = unshared(read(name))
-    config = yaml.safe_load(documents[0]["spec"]["serveConfigV2"])
+    service, *others = unshared(read(name))
+    (config,) = documents(service["spec"]["serveConfigV2"])
 
     def embed(text: str) -> str:
-        whole = copy.deepcopy(documents)
-        whole[0]["spec"]["serveConfigV2"] = text
-        return dumped(name, whole)
+        spec = service["spec"] | {"serveConfigV2": text}
+        return dumped(service | {"spec": spec}, *others)
 
+    assert not refused(name, embed(dumped(config)))
     passed = [
         (change.__name__, *path)
         for path in places(config)
         for change in changes_of(path)
-        if not refused(name, embed(yaml.dump(damaged(config, path, change))))
+        if not refused(name, embed(dumped(damaged(config, path, change))))
     ]
     assert passed == []
 
@@ -265,7 +257,7 @@ def test_ray_brings_an_aws_cluster_up_and_down(account: None) -> None:
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
     from ray.autoscaler._private.util import prepare_config
 
-    config = prepare_config(yaml.safe_load(read("aws.yaml")))
+    config = prepare_config(*documents(read("aws.yaml")))
     ec2 = boto3.client("ec2", config["provider"]["region"])
     vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
     group = ec2.create_security_group(GroupName="own", Description="-", VpcId=vpc)["GroupId"]

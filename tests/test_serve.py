@@ -5,7 +5,6 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -20,7 +19,6 @@ from vsearch.corpus import Corpus
 from vsearch.serve import ROWS_A_PART, ServeArgs, parts_for, start, stop
 from vsearch.snapshots import Snapshots
 
-CLUSTER = Path(__file__).parent.parent / "cluster"
 TEXTS = ["a boat", "a red house at night", "rain"]
 PATIENCE_S = 90.0
 
