@@ -1,29 +1,24 @@
 """The service on Ray Serve, its index in parts: answers, a part that is killed, snapshots, metrics."""
 
-import inspect
 import json
-import re
 import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import psutil
 import pytest
-import yaml
 from archive import add_video
 from test_build_index import build
 
 import vsearch
 from vsearch.config import UserError
 from vsearch.corpus import Corpus
-from vsearch.serve import ROWS_A_PART, ServeArgs, _measurements, parts_for, start, stop
+from vsearch.serve import ROWS_A_PART, ServeArgs, parts_for, start, stop
 from vsearch.snapshots import Snapshots
 
-CLUSTER = Path(__file__).parent.parent / "cluster"
 TEXTS = ["a boat", "a red house at night", "rain"]
 PATIENCE_S = 90.0
 
@@ -130,32 +125,6 @@ def test_metrics_can_be_scraped(address: str) -> None:
     wanted = {f"ray_vsearch_{name}" for name in [*names, "snapshot_published"]}
     # Each is exported some seconds after it was recorded for the first time.
     until(lambda: all(name in found for found in [text()] for name in wanted))
-
-
-def test_the_dashboard_asks_for_metrics_that_exist() -> None:
-    panels = json.loads((CLUSTER / "grafana.json").read_text())["panels"]
-    asked = " ".join(target["expr"] for panel in panels for target in panel["targets"])
-    used = set(re.findall(r"ray_(vsearch_\w+)", asked))
-    source = inspect.getsource(_measurements)
-    for name in used:
-        assert f'"{name.removesuffix("_bucket").removesuffix("_total")}"' in source, name
-    assert len(used) >= 9
-
-
-def test_the_serve_config_is_one_that_serve_takes() -> None:
-    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
-
-    config = yaml.safe_load((CLUSTER / "serve.yaml").read_text())
-    ServeDeploySchema.model_validate(config)
-    assert set(config) <= set(ServeDeploySchema.model_fields)
-    (application,) = config["applications"]
-    assert set(application) <= set(ServeApplicationSchema.model_fields)
-    for deployment in application["deployments"]:
-        assert set(deployment) <= set(DeploymentSchema.model_fields)  # Serve lets others pass
-        assert deployment["name"] == "Gateway"
-    assert ServeArgs.model_validate(application["args"]).part_replicas == 2
-    module, _, function = application["import_path"].partition(":")
-    assert (module, function) == ("vsearch.serve", "build_app")
 
 
 def test_an_index_gets_parts_by_its_rows() -> None:
