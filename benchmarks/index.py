@@ -43,8 +43,9 @@ from vectors import Vectors, frame_queries, sentences, world, write_frames
 
 import vsearch.index
 from vsearch import recall
-from vsearch.index import Index, Mask, Rows, Setting, Shard, cells_for, encode, exact_search
+from vsearch.index import Index, Mask, Rows, Shard, encode, exact_search
 from vsearch.index import train_quantizer as trained
+from vsearch.sizing import FLAT_ROWS, Setting, cells_for
 
 ENGINES = ("flat", "hnsw", "lancedb")
 PARTS = ("speed", "filters", "updates", "training")
@@ -556,7 +557,7 @@ def measure_updates(
     for state, (used, allowed, cosine) in states.items():
         entry = {"rows": work.rows, "state": state, "mean_cosine": round(cosine, 4)}
         table.append(entry | _of_shards(used, allowed, queries, setting))
-    if work.rows // 5 <= vsearch.index.FLAT_ROWS:  # as an update keeps so few rows
+    if work.rows // 5 <= FLAT_ROWS:  # as an update keeps so few rows
         flat = [Shard(folder / f"{name}.f16", work.rows // 10, work.dim) for name in ADDED]
         entry = table[-1] | {"state": "both added as flat shards"}
         table.append(entry | _of_shards([shards[0], *flat], masks, queries, setting))

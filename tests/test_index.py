@@ -10,20 +10,19 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vsearch import index as index_module
+from vsearch.config import DamagedIndexError
 from vsearch.index import (
-    DamagedIndexError,
     Index,
-    Setting,
     Shard,
     best_of,
-    cells_for,
     encode,
     exact_search,
     fit,
     imbalance,
-    sha256,
     train_quantizer,
 )
+from vsearch.sizing import Setting, cells_for
+from vsearch.storage import sha256
 
 DIM, ROWS, NLIST = 64, 60_000, 128
 SETTING = Setting(nprobe=32, per_hit=10)

@@ -1,14 +1,15 @@
 """`ray job submit` of the three jobs, against a head of our own, gives the corpus that the commands
 give."""
 
-import os
-import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gate import gate_before
+from head import RAY, Head, ray_head
 
 import vsearch
 from vsearch.corpus import Corpus, newest_projector
@@ -16,65 +17,20 @@ from vsearch.demo.world import make_world
 
 pytestmark = pytest.mark.long
 REPOSITORY = Path(__file__).parent.parent
-RAY = str(Path(sys.executable).parent / "ray")
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    """A Ray head in a process group of its own; its environment for clients is the value."""
-    gcs, dashboard, client, agent = free_ports(4)
-    environment = {
-        **{k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS",)},
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": "a-token-for-this-test-only-0123456789",
-    }
-    words = [RAY, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"]
-    words += [
-        f"--port={gcs}",
-        f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={client}",
-    ]
-    words += [f"--dashboard-agent-listen-port={agent}"]  # another Ray may hold the usual one
-    words += [f"--temp-dir={tmp_path_factory.mktemp('r')}", "--include-dashboard=true"]
-    log = (tmp_path_factory.mktemp("head") / "log").open("w+")
-    process = subprocess.Popen(
-        words, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        for _ in range(120):
-            listed = subprocess.run(
-                [RAY, "job", "list", "--address", address],
-                env=environment, capture_output=True, text=True,
-            )  # fmt: skip
-            if listed.returncode == 0:
-                break
-            assert process.poll() is None, Path(log.name).read_text()
-            time.sleep(1)
-        else:
-            pytest.fail(f"the head did not come up: {listed.stderr}{Path(log.name).read_text()}")
-        yield address, environment
-    finally:
-        process.terminate()
-        process.wait(60)
+    with ray_head(tmp_path_factory.mktemp("r")) as head:
+        yield head
 
 
-def submit(head, *words: str) -> subprocess.CompletedProcess[str]:
-    address, environment = head
+def submit(head: Head, *words: str) -> subprocess.CompletedProcess[str]:
+    client = [RAY, "job", "submit", "--address", head.address, "--working-dir", str(REPOSITORY)]
     for _ in range(10):
         done = subprocess.run(
-            [RAY, "job", "submit", "--address", address, "--working-dir", str(REPOSITORY), "--", *words],
-            env=environment, capture_output=True, text=True, timeout=400,
+            [*client, "--", *words],
+            env=head.environment, capture_output=True, text=True, timeout=400,
         )  # fmt: skip
         # A young head takes jobs a little later than it answers.
         if "No available agent to submit job" not in done.stderr:
@@ -105,13 +61,19 @@ def test_jobs_give_the_corpus_that_the_commands_give(head, tmp_path):
         ("jobs/build_index.py",),
     ]
     commands = ["ingest", "train", "index"]
+    packages: list[bytearray] = []
     for (script, *options), command in zip(jobs, commands, strict=True):
-        done = submit(head, python, script, *options, "--corpus", by_job)
+        with gate_before(head.address) as gate:
+            gated = replace(head, address=gate.address)
+            done = submit(gated, python, script, *options, "--corpus", by_job)
+        packages += [request for request in gate.sent if request.startswith(b"PUT /api/packages/")]
         assert done.returncode == 0, done.stdout + done.stderr
         subprocess.run(
             [python, "-m", "vsearch.cli", command, *options, "--corpus", by_command],
             check=True, capture_output=True, timeout=300,
         )  # fmt: skip
+    [package] = packages  # the code, once: neither tests nor models
+    assert len(package) < 2_000_000 and b"jobs/ingest.py" in package and b"tests/" not in package
     assert contents(by_job) == contents(by_command) != set()
     assert newest_projector(Corpus(by_job))[1] == newest_projector(Corpus(by_command))[1] | {
         "metrics": newest_projector(Corpus(by_job))[1]["metrics"]

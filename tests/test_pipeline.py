@@ -185,7 +185,7 @@ def test_two_workers_train_one_projector(built):
 
 
 def test_a_damaged_snapshot_is_named_and_refused(built, tmp_path):
-    from vsearch.index import DamagedIndexError
+    from vsearch.config import DamagedIndexError
 
     snapshot = build_index(built).snapshot
     (shard,) = vsearch.open(built, snapshot).manifest["shards"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vsearch import index as index_module
 from vsearch import recall
-from vsearch.index import Index, Setting, Shard, encode, train_quantizer
+from vsearch.index import Index, Shard, encode, train_quantizer
 from vsearch.recall import (
     DEPTH,
     PER_HIT,
@@ -24,6 +24,7 @@ from vsearch.recall import (
     nprobes_for,
     probe,
 )
+from vsearch.sizing import Setting
 
 DIM, ROWS, NLIST, TEXT = 32, 16_000, 64, 20
 PARTS = [slice(0, 9_000), slice(9_000, 9_050), slice(9_050, 9_400), slice(9_400, ROWS)]

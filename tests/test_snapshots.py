@@ -16,9 +16,8 @@ from archive import add_video, config, vectors_of
 
 import vsearch
 from vsearch.build_index import build_index
-from vsearch.config import UserError
+from vsearch.config import DamagedIndexError, UserError
 from vsearch.corpus import Corpus
-from vsearch.index import DamagedIndexError
 from vsearch.schema import SNAPSHOT_VIDEOS
 from vsearch.snapshots import Snapshots, files_of
 from vsearch.verify import verify

@@ -11,30 +11,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import reduce
-from importlib.metadata import version as version_of
-from operator import add
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import ray
 
+import vsearch
 from vsearch import parts, recall, runtime
-from vsearch.config import MIN_RECALL, UserError
+from vsearch.config import MIN_RECALL, UserError, check_index_options
 from vsearch.corpus import Corpus, newest_projector
 from vsearch.coverage import VideoState
-from vsearch.index import (
-    FLAT_ROWS,
-    ROWS_PER_CELL,
-    Setting,
-    cells_for,
-    imbalance,
-)
 from vsearch.moments import Gaps
 from vsearch.schema import SNAPSHOT_VIDEOS
+from vsearch.sizing import FLAT_ROWS, ROWS_PER_CELL, Setting, cells_for
 from vsearch.snapshots import (
     FORMAT_VERSION,
     Content,
@@ -48,10 +40,8 @@ from vsearch.snapshots import (
     key_of,
     spans_by_video,
 )
+from vsearch.storage import open_url
 
-SPACES = ("projected", "clip")
-KINDS = ("auto", "flat", "ivfpq")
-ROW_KINDS = ("moments", "frames")
 ALIKE = 0.98
 """Frames with at least this cosine to the first one of their moment share a row."""
 
@@ -107,15 +97,7 @@ def build_index(
     `min_recall`. `retrain` trains the quantizer anew; `rebuild` makes everything anew, also what is
     finished, as is needed when a part is damaged.
     """
-    for name, value, known in (
-        ("kind", kind, KINDS),
-        ("space", space, SPACES),
-        ("rows", rows, ROW_KINDS),
-    ):
-        if value not in known:
-            raise UserError(f"There is no --{name} {value!r}; choose one of {', '.join(known)}.")
-    if not 0 < min_recall <= 1:
-        raise UserError(f"--min-recall must lie above 0 and not above 1, not {min_recall:g}.")
+    check_index_options(kind, space, rows, min_recall)
     sentences = _sentences(queries)
     corpus = Corpus(corpus_url)
     snapshots = Snapshots(corpus)
@@ -151,7 +133,7 @@ def build_index(
             # What an update adds stays flat while it is small: exact, and made anew with the next.
             least = 0 if kind == "ivfpq" or not former else FLAT_ROWS
             shards = _make_codes(corpus, shards, quantizer, asked_queries, least, report)
-            tuning = _tune(snapshots, shards, asked_queries, min_recall)
+            tuning = _tune(corpus, shards, asked_queries, min_recall)
             if not former:
                 quantizer |= {"imbalance": tuning["imbalance"]}
         else:
@@ -160,8 +142,8 @@ def build_index(
     places |= {c: n for n, group in enumerate(groups, len(kept)) for c in group}
     manifest = {
         "format_version": FORMAT_VERSION,
-        "faiss_version": faiss.__version__,
-        "vsearch_version": version_of("vsearch"),
+        "faiss_version": _faiss_version(),
+        "vsearch_version": vsearch.__version__,
         "parent": current,
         "created_at": datetime.now(UTC).isoformat(),
         "kind": "ivfpq" if any(shard["codes_file"] for shard in shards) else "flat",
@@ -191,9 +173,10 @@ def build_index(
 
 
 def _sentences(path: str | None) -> list[str]:
-    """The text queries of a file, by default the general ones."""
+    """The text queries of a file, at any fsspec URL; by default the general ones."""
     try:
-        lines = Path(path or SENTENCES).read_text(encoding="utf-8").splitlines()
+        with open_url(path or str(SENTENCES)) as file:
+            lines = file.read().decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The sentences in {path} cannot be read: {error}.") from error
     found = [line.strip() for line in lines if line.strip()]
@@ -362,26 +345,24 @@ def _make_codes(
 
 
 def _tune(
-    snapshots: Snapshots, shards: list[dict[str, Any]], queries: dict[str, Any], min_recall: float
+    corpus: Corpus, shards: list[dict[str, Any]], queries: dict[str, Any], min_recall: float
 ) -> dict[str, Any]:
     """The cheapest setting that reaches `min_recall`, and the curve that it was chosen from."""
-    coded = [shard for shard in shards if shard["codes_file"]]
-    cells = sum(np.load(snapshots.path(s["cells_file"]), allow_pickle=False) for s in coded)
-    probes = (_probe(snapshots, shard) for shard in coded)
-    points = recall.curve(reduce(add, probes), queries["text"])
+    points, imbalance = ray.get(_task(parts.measure)(corpus.url, shards, queries["text"]))
     return {
         "min_recall": min_recall,
         "text_queries": queries["text"],
         "frame_queries": queries["frames"],
         "setting": asdict(recall.cheapest(points, min_recall)),
         "curve": recall.as_json(points),
-        "imbalance": imbalance(cells),
+        "imbalance": imbalance,
     }
 
 
-def _probe(snapshots: Snapshots, shard: dict[str, Any]) -> recall.Probe:
-    with np.load(snapshots.path(shard["probe_file"]), allow_pickle=False) as arrays:
-        return recall.Probe.from_arrays(arrays)
+def _faiss_version() -> str | None:
+    """Of the FAISS that is installed: it is loaded by the tasks alone."""
+    names = ("faiss-gpu", "faiss-cpu", "faiss")
+    return next((found.version for name in names for found in distributions(name=name)), None)
 
 
 def _warnings(manifest: dict[str, Any], former: dict[str, Any] | None, new: int) -> list[str]:

@@ -1,12 +1,13 @@
 """The `vsearch` command."""
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -42,6 +43,7 @@ from vsearch.show import (
 
 if TYPE_CHECKING:
     from vsearch.search import Engine, Results
+    from vsearch.submit import Cluster
 
 app = typer.Typer(
     help="Type a sentence, get the moments in your video archive.",
@@ -130,6 +132,9 @@ SourcesArgument = Annotated[
 DEFAULT_CORPUS = "corpus"
 OWN_ADDRESSES = ("127.0.0.1", "localhost", "::1")
 FORMATS = ("table", "json", "csv", "edl", "otio")
+JOBS = {"ingest": "ingest", "train": "train", "index": "index", "pipeline": "build"}
+"""The commands that run as jobs, by the jobs' names."""
+
 LISTED_FILES = 20
 
 
@@ -138,7 +143,7 @@ def main() -> None:
     index that does not reach its recall.
     """
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # of a typer.Exit, which it keeps to itself
     except UserError as error:
         console.print(
             f"[bold red]vsearch:[/] {escape(str(error))}", highlight=False, soft_wrap=True
@@ -149,8 +154,6 @@ def main() -> None:
             f"[bold red]vsearch:[/] {escape(str(error))}", highlight=False, soft_wrap=True
         )
         sys.exit(2)
-    except typer.Exit as ended:
-        sys.exit(ended.exit_code)
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
@@ -158,6 +161,8 @@ def main() -> None:
             error.show()
             sys.exit(error.exit_code)
         raise
+    if code:
+        sys.exit(code)
 
 
 def run_job(command: Callable[..., None]) -> None:
@@ -458,6 +463,122 @@ def build(
     )  # fmt: skip
     train(corpus, workers)
     index(corpus, kind)
+
+
+@app.command(context_settings={"allow_interspersed_args": False})  # the job's options are its own
+def submit(
+    job: Annotated[str, typer.Argument(help="ingest, train, index, or pipeline: all three.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ARGS", help="Those of the command; of 'build' for pipeline."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            help="Of the cluster's dashboard; RAY_API_SERVER_ADDRESS or RAY_ADDRESS without it, else "
+            "http://127.0.0.1:8265.",
+        ),
+    ] = None,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Only start the job, and print its id.")
+    ] = False,
+) -> None:
+    """Run a command as a job on a Ray cluster, and follow it to its end.
+
+    The job's log comes on stdout, all else on stderr. A lost connection is not a lost job: following goes
+    on when the cluster answers again. The same command with the same arguments follows the job that is
+    still running; one that has ended is run again, as the next attempt: ID-1, ID-2, … Ctrl-C ends the
+    following, not the job.
+
+    Only this package's code is sent: the cluster's machines have its dependencies, and the models of the
+    demo if those are asked for. AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3, AWS_REGION and AWS_DEFAULT_REGION
+    go along; secrets do not, since all who see the dashboard see them: the machines have their own.
+    RAY_AUTH_MODE=token and RAY_AUTH_TOKEN let you in where Ray's authentication is on.
+
+    Exit codes: 0 the job succeeded; 2 a mistake in what was asked for; 3 the index does not reach its
+    recall; 1 or another one, the job's own, for what else it failed at; 4 somebody stopped it; 5 its end
+    is not known, as the cluster did not answer for half an hour or lost the job; 130 Ctrl-C.
+
+    Examples:
+
+    [bold]vsearch submit ingest s3://bucket/videos --corpus s3://bucket/corpus --fps 4[/]
+
+    [bold]vsearch submit --address http://10.0.0.7:8265 index --corpus s3://bucket/corpus[/]
+
+    [bold]vsearch submit --no-wait pipeline s3://bucket/videos --corpus s3://bucket/corpus[/]
+    """
+    command, words = JOBS.get(job), arguments or []
+    if command is None:
+        raise UserError(f"There is no job {job!r}; choose one of {', '.join(JOBS)}.")
+    given = _parsed(job, command, words)
+
+    from vsearch import submit as jobs
+
+    shared = jobs.check(given)
+    environment = jobs.environment()
+    cluster = jobs.connect(address)
+    if shared:
+        console.print(
+            f"[yellow]All machines of the cluster must have the same storage at[/] "
+            f"{escape(', '.join(shared))}.",
+            highlight=False,
+        )
+    entrypoint = shlex.join(["python", "-P", "-m", "vsearch.cli", command, *words])
+    job_id, new = jobs.start(cluster, jobs.job_name(job, given), entrypoint, environment)
+    forwarded = " ".join(f"{name}={value}" for name, value in environment["env_vars"].items())
+    console.print(
+        f"The job is [bold]{escape(job_id)}[/]"
+        + (f", with {escape(forwarded)}." if new and forwarded else ".")
+        + ("" if new else " It was running already."),
+        highlight=False,
+    )
+    if no_wait:
+        print(job_id)
+        return
+    raise typer.Exit(_followed(cluster, job_id))
+
+
+def _parsed(job: str, command: str, words: list[str]) -> dict[str, Any]:
+    """The values of a command's arguments, from its words, as the command itself would get them."""
+    known: Any = typer.main.get_command(app)
+    try:
+        with known.commands[command].make_context(f"vsearch submit {job}", list(words)) as context:
+            return dict(context.params)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of click
+            said = error.format_message().rstrip(".")
+            raise UserError(f"{said}: see 'vsearch {command} --help'.") from error
+        raise
+
+
+def _followed(cluster: "Cluster", job_id: str) -> int:
+    """Follows a job to its end, and says how that was; gives the exit code."""
+    from vsearch.submit import exit_code, follow
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    stop = f"ray job stop --address {cluster.get_address()} {job_id}"
+    try:
+        ended = follow(
+            cluster, job_id, show, lambda text: console.print(escape(text), highlight=False)
+        )
+    except KeyboardInterrupt:
+        console.print(
+            f"\nThe job goes on. The same command follows it again; [bold]{escape(stop)}[/] ends it.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 130
+    code = exit_code(ended)
+    words = {"SUCCEEDED": "succeeded", "STOPPED": "was stopped"}
+    said = words.get(ended["status"], f"failed with exit code {ended['driver_exit_code']}")
+    if ended["status"] == "FAILED" and ended["driver_exit_code"] is None:
+        said = f"failed: {ended['message']}"
+    console.print(escape(f"The job {job_id} {said.strip().rstrip('.')}."), highlight=False)
+    return code
 
 
 @app.command()

@@ -1,12 +1,22 @@
 """What a corpus is made with: encoders, sampling. Checked on construction; no heavy imports."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 FORMAT_VERSION = 2
 """Of the corpus on storage."""
 
-DEMO_MODELS = Path(__file__).parent / "demo" / "models"
+_PLACES = [
+    home / "demo" / "models"
+    for home in (
+        Path(__file__).parent,
+        *(Path(folder, "vsearch").absolute() for folder in sys.path),
+    )
+]
+DEMO_MODELS = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
+"""Code that was sent to a cluster comes without them: then those of the package that is installed there
+are meant."""
 
 MIN_RECALL = 0.97
 """Mean recall@200 on text queries that an index must reach to be published."""
@@ -24,6 +34,10 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+class DamagedIndexError(UserError):
+    """A file of a snapshot is not what its manifest says."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,30 @@ class Sampling:
             raise UserError(f"--max-change must lie between 0 and 255, not {self.max_change:g}.")
 
 
+def check_pairs(pairs: float) -> None:
+    """Raises `UserError` for a share of the spans that cannot be."""
+    if not 0 < pairs <= 1:
+        raise UserError(f"--pairs must lie above 0 and not above 1, not {pairs:g}.")
+
+
+def check_index_options(
+    kind: str = "auto",
+    space: str = "projected",
+    rows: str = "moments",
+    min_recall: float = MIN_RECALL,
+) -> None:
+    """Raises `UserError` for an index that cannot be made."""
+    for name, value, known in (
+        ("kind", kind, ("auto", "flat", "ivfpq")),
+        ("space", space, ("projected", "clip")),
+        ("rows", rows, ("moments", "frames")),
+    ):
+        if value not in known:
+            raise UserError(f"There is no --{name} {value!r}; choose one of {', '.join(known)}.")
+    if not 0 < min_recall <= 1:
+        raise UserError(f"--min-recall must lie above 0 and not above 1, not {min_recall:g}.")
+
+
 @dataclass(frozen=True)
 class Encoder:
     """An encoder as recorded in a corpus: what made its vectors, and how long they are."""
@@ -124,8 +162,7 @@ class CorpusConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if not 0 < self.pairs <= 1:
-            raise UserError(f"--pairs must lie above 0 and not above 1, not {self.pairs:g}.")
+        check_pairs(self.pairs)
 
 
 @dataclass(frozen=True)

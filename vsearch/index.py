@@ -5,12 +5,10 @@ memory-mapped fp16 vectors; so every score is exact, and only recall can differ.
 vectors, a score is their inner product: the cosine.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,12 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from vsearch.config import UserError
+from vsearch.config import DamagedIndexError
+from vsearch.sizing import ROWS_PER_CELL, Setting
 
 Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-
-FLAT_ROWS = 50_000
-"""Up to this many rows an exact scan is as fast as an index."""
 
 SCANNED_ROWS = 10_000
 """Where a filter leaves no more rows than this, they are scanned: that is exact, and about as fast."""
@@ -33,36 +29,8 @@ SCANNED_ROWS = 10_000
 ITERATIONS = 6
 """Of k-means, for the centroids."""
 
-ROWS_PER_CELL = 50
-"""So many training vectors for each centroid; FAISS asks for 39 at least."""
-
 LARGEST_FILE_BYTES = 1 << 40
 faiss.set_deserialization_vector_byte_limit(LARGEST_FILE_BYTES)
-
-
-class DamagedIndexError(UserError):
-    """A file of a snapshot is not what its manifest says."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How far an IVF-PQ search looks: `nprobe` cells are visited, and for each hit that is asked for
-    `per_hit` candidates are scored exactly.
-    """
-
-    nprobe: int
-    per_hit: int
-
-
-def cells_for(rows: int) -> int:
-    """About 2·√rows cells, as a power of two, and never under 39 rows a cell (FAISS's minimum for
-    k-means). Twice as many find no more at equal time, take longer to train, and fit new videos less
-    (benchmarks/index.py).
-    """
-    nlist = 2 ** round(math.log2(2 * math.sqrt(max(rows, 1))))
-    while nlist > 1 and rows < 39 * nlist:
-        nlist //= 2
-    return nlist
 
 
 def train_quantizer(sample: Vectors, nlist: int) -> bytes:
@@ -168,11 +136,6 @@ def best_of(scores: Vectors, rows: Rows, k: int) -> tuple[Vectors, Rows]:
         scores, rows = scores[kept], rows[kept]
     order = np.argsort(-scores, kind="stable")[:k]
     return scores[order], rows[order]
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The parts of a snapshot, each made by one task: rows of a shard, quantizer, queries, codes of a shard.
 
 Each function finds its part by its key if it is finished, else makes and stores it; it gives the
-part's entry for the manifest. None of them knows of the others, or of Ray.
+part's entry for the manifest. None of them knows of the others, or of Ray. FAISS and torch are loaded
+by those that use them: who only starts the tasks does without.
 """
 
 import math
@@ -9,7 +10,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,6 @@ from numpy.typing import NDArray
 
 from vsearch import recall
 from vsearch.corpus import Corpus, vector_matrix
-from vsearch.index import Shard, encode, fit, train_quantizer
 from vsearch.moments import Gaps, moments_of
 from vsearch.schema import ROWS
 from vsearch.snapshots import Content, Snapshots, Spans, key_of
@@ -139,7 +141,7 @@ def _projection(
 ) -> tuple[str, Callable[[NDArray[np.float16]], NDArray[np.float16]]]:
     if projector is None:
         return "clip", lambda vectors: vectors
-    from vsearch.projector import projection  # torch, which all else does without
+    from vsearch.projector import projection
 
     return projection(corpus, projector)
 
@@ -190,6 +192,8 @@ def train(corpus_url: str, key: str, nlist: int, rows: int, *sample: tuple[Any, 
     """Trains the quantizer; gives its entry, with the mean cosine of videos that it has not seen to its
     centroids.
     """
+    from vsearch.index import fit, train_quantizer
+
     snapshots = Snapshots(Corpus(corpus_url))
     if found := snapshots.part(key):
         return found
@@ -233,6 +237,8 @@ def shard_codes(
     coded: bool,
 ) -> Entry:
     """The entry of a shard with its codes, what they recall, and how well the quantizer fits it."""
+    from vsearch.index import Shard, encode, fit
+
     snapshots = Snapshots(Corpus(corpus_url))
     codes_key = key_of("codes", shard["key"], quantizer["key"])
     codes = snapshots.part(codes_key)
@@ -268,3 +274,23 @@ def shard_codes(
             probe = snapshots.finish(probe_key, {"probe_file": file})
     made = {name: value for name, value in (codes | probe).items() if name != "key"}
     return shard | made
+
+
+def measure(
+    corpus_url: str, shards: list[Entry], sentences: int
+) -> tuple[list[recall.Point], float]:
+    """What each setting gives on all shards with codes together, and how unevenly their cells are
+    filled. Of the queries that the shards were asked the first `sentences` are text.
+    """
+    from vsearch.index import imbalance
+
+    snapshots = Snapshots(Corpus(corpus_url))
+    coded = [shard for shard in shards if shard["codes_file"]]
+    cells = sum(np.load(snapshots.path(s["cells_file"]), allow_pickle=False) for s in coded)
+    found = reduce(add, (_probe(snapshots, shard) for shard in coded))
+    return recall.curve(found, sentences), imbalance(cells)
+
+
+def _probe(snapshots: Snapshots, shard: Entry) -> recall.Probe:
+    with np.load(snapshots.path(shard["probe_file"]), allow_pickle=False) as arrays:
+        return recall.Probe.from_arrays(arrays)

@@ -10,13 +10,18 @@ Shapes: q = queries, k = 200 = DEPTH, p = numbers of cells tried, c = most candi
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vsearch.config import MIN_RECALL, UserError
-from vsearch.index import Setting, Shard, Vectors, exact_search
+from vsearch.sizing import Setting
+
+if TYPE_CHECKING:
+    from vsearch.index import Shard
+
+Vectors = NDArray[np.float32]
 
 DEPTH = 200
 PER_HIT = (2, 5, 10, 20)
@@ -101,8 +106,10 @@ def nprobes_for(nlist: int) -> tuple[int, ...]:
     return tuple(2**i for i in range(2, 10) if 2**i < nlist) + ((nlist,) if nlist <= 512 else ())
 
 
-def probe(shard: Shard, queries: Vectors) -> Probe:
+def probe(shard: "Shard", queries: Vectors) -> Probe:
     """Asks a shard all queries, float32 (q, dim), exactly and at every setting."""
+    from vsearch.index import exact_search  # FAISS, which all else does without
+
     if shard.flat:
         raise ValueError("a flat shard is exact: there is nothing to probe")
     truth, rows = exact_search(shard.vectors, queries, min(DEPTH, shard.rows))
@@ -123,7 +130,7 @@ def probe(shard: Shard, queries: Vectors) -> Probe:
     return Probe(nprobes, truth, estimates, _highest(best), p50_ms)
 
 
-def _p50_ms(shard: Shard, queries: Vectors, nprobe: int, count: int) -> float:
+def _p50_ms(shard: "Shard", queries: Vectors, nprobe: int, count: int) -> float:
     took = []
     for query in queries:
         began = time.perf_counter()

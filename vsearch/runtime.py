@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.exceptions import RayError
 
 from vsearch.config import UserError
 
@@ -60,18 +61,18 @@ def gpus() -> int:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Brings a `UserError` that was raised in a worker back as itself."""
+    """Brings a `UserError` that was raised in a worker back as itself, of its own kind."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         # Ray wraps what a worker raises, in more than one way; a training keeps it by worker.
         waiting: list[BaseException | None] = [error]
         while waiting:
             found = waiting.pop()
-            if isinstance(found, UserError):
-                raise UserError(str(found)) from error
+            if isinstance(found, UserError) and not isinstance(found, RayError):
+                if found is error:
+                    raise
+                raise type(found)(str(found)) from error
             if found is not None:
                 waiting += [found.__cause__, found.__context__, getattr(found, "cause", None)]
                 waiting += getattr(found, "worker_failures", {}).values()

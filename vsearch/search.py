@@ -18,12 +18,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vsearch.config import UserError
+from vsearch.config import DamagedIndexError, UserError
 from vsearch.corpus import Corpus
 from vsearch.filters import Filter, Seconds
-from vsearch.index import DamagedIndexError, Index, Setting, Shard, one_thread
+from vsearch.index import Index, Shard, one_thread
 from vsearch.moments import Stretch, grow
 from vsearch.query import Term, compose, described, terms_of
+from vsearch.sizing import Setting
 from vsearch.snapshots import Snapshots
 
 if TYPE_CHECKING:

@@ -26,12 +26,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vsearch.config import GRACE_HOURS, KEPT_SNAPSHOTS, UserError
+from vsearch.config import GRACE_HOURS, KEPT_SNAPSHOTS, DamagedIndexError, UserError
 from vsearch.corpus import Corpus
 from vsearch.coverage import VideoState
-from vsearch.index import DamagedIndexError, sha256
 from vsearch.schema import SpanRecord
-from vsearch.storage import persist
+from vsearch.storage import persist, sha256
 
 FORMAT_VERSION = 2
 MOST_DEAD = 0.2

@@ -1,10 +1,12 @@
 """Files at any fsspec URL: transient failures are retried, files are read in ranges."""
 
+import hashlib
 import io
 import re
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
 
@@ -55,23 +57,33 @@ def filesystem(url: str) -> tuple[Any, str]:
     """(file system, path) of a URL. Raises `UserError` for one that cannot be used, or that carries
     a secret: it would be stored in the corpus and shown in answers.
     """
-    last = url.rpartition("::")[2]
-    chained = not url.startswith("/") and ("://" in last or last.startswith("/"))
     try:
-        for part in url.split("::") if chained else [url]:
-            if (plain := _without_secret(part)) is not None:
-                raise UserError(
-                    f"The address {plain} carries a secret, which would be stored: give it without, "
-                    f"and the credentials as its storage reads them (environment, configuration "
-                    f"file, role)."
-                )
-        if chained or "::" not in url:
+        refuse_secret(url)
+        if "::" not in url or len(_parts(url)) > 1:
             return fsspec.url_to_fs(url)
         kind = fsspec.get_filesystem_class(split_protocol(url)[0] or "file")
         return kind(**kind._get_kwargs_from_urls(url)), kind._strip_protocol(url)
     except (ImportError, ValueError) as error:
         plain = re.sub("//.*@", "//…@", url)
         raise UserError(f"The URL {plain!r} cannot be used: {error}.") from error
+
+
+def refuse_secret(url: str) -> None:
+    """Raises `UserError` for a URL that carries a secret, ValueError for what is no URL."""
+    for part in _parts(url):
+        if (plain := _without_secret(part)) is not None:
+            raise UserError(
+                f"The address {plain} carries a secret, which would be stored: give it without, "
+                f"and the credentials as its storage reads them (environment, configuration "
+                f"file, role)."
+            )
+
+
+def _parts(url: str) -> list[str]:
+    """The addresses that are chained in a URL, or it alone: a name on disk may hold the same signs."""
+    last = url.rpartition("::")[2]
+    chained = not url.startswith("/") and ("://" in last or last.startswith("/"))
+    return url.split("::") if chained else [url]
 
 
 def _without_secret(url: str) -> str | None:
@@ -86,6 +98,12 @@ def _without_secret(url: str) -> str | None:
     if split.password or token or names & SECRET_PARAMETERS:
         return f"{split.scheme}://{split.netloc.rpartition('@')[2]}{split.path}"
     return None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file on this machine, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_local(fs: Any) -> bool:

@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.fs
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from vsearch import runtime
 from vsearch.config import TrainConfig, UserError
@@ -78,34 +77,43 @@ def train(
     most = gpus or runtime.cpus()
     if count > most and not runtime.on_cluster():
         raise UserError(f"{count} workers cannot run here: this machine has room for {most}.")
-    trainer = TorchTrainer(
-        _train_loop,
-        train_loop_config={
+    training = {
+        "train_loop_config": {
             "corpus": corpus.url,
             **_material(counted, config),
             "config": asdict(config),
             "trained_on": trained_on,
         },
-        scaling_config=ScalingConfig(
+        "scaling_config": ScalingConfig(
             num_workers=count,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": 1, "GPU": 1}
             if gpus
             else {"CPU": max(1, runtime.cpus_of_smallest_node() // count)},
         ),
-        run_config=RunConfig(
+        "run_config": RunConfig(
             name=trained_on,
             **_run_storage(corpus),
             failure_config=FailureConfig(max_failures=3),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
-    )
+    }
     with runtime.user_errors():
-        trainer.fit()
+        ray.get(_fit.remote(training))
     newest = newest_projector(corpus)
     if newest is None or newest[1]["trained_on"] != trained_on:
         raise RuntimeError("the training ended without a projector")
     return TrainSummary(newest[0], True, newest[1]["metrics"])
+
+
+@ray.remote(num_cpus=1)
+def _fit(training: dict[str, Any]) -> None:
+    """Runs a training. Ray Train's controller stands where this is called, and both load torch: as a
+    task they are on a node that has cores. While it waits its core is the workers'.
+    """
+    from ray.train.torch import TorchTrainer
+
+    TorchTrainer(_train_loop, **training).fit()
 
 
 def split_videos(video_ids: list[str], share: float) -> set[str]:
