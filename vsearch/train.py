@@ -11,6 +11,7 @@ import math
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from ray.train.torch import TorchTrainer
 from vsearch import runtime
 from vsearch.config import TrainConfig, UserError
 from vsearch.corpus import Corpus, newest_projector, vector_matrix
+from vsearch.placement import train_words
 from vsearch.schema import SpanRecord
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
 CHECKPOINT_EVERY_S = 30.0
 """At least so much time lies between two checkpoints: what a training that is cut off can lose."""
+
+NODES_LOST = 10
+"""A training goes on at its last checkpoint when so many nodes went away; those that Ray was told of
+in time do not count."""
 
 VALIDATION_PAIRS = 2000
 """The metrics are taken on at most this many pairs a worker, spread evenly over its videos."""
@@ -51,9 +57,13 @@ def train(
     corpus_url: str,
     config: TrainConfig | None = None,
     workers: int | None = None,
+    gpus: int | None = None,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> TrainSummary:
     """Trains a projector on the corpus' pairs, unless the newest one was trained on the same. A run
-    that was cut off is taken up at its last checkpoint.
+    that was cut off is taken up at its last checkpoint. `gpus` are those that may be used, also such as
+    an autoscaler has yet to start; by default all that are alive. `announce` gets a line about what the
+    training runs on, when it begins.
     """
     config = config or TrainConfig()
     corpus = Corpus(corpus_url)
@@ -73,11 +83,14 @@ def train(
     if newest and newest[1]["trained_on"] == trained_on:
         return TrainSummary(newest[0], False, newest[1]["metrics"])
     runtime.connect()
-    gpus = runtime.gpus()
+    nodes = runtime.nodes()
+    gpus = sum(node.gpus for node in nodes) if gpus is None else gpus
     count = workers or max(1, gpus)
     most = gpus or runtime.cpus()
     if count > most and not runtime.on_cluster():
         raise UserError(f"{count} workers cannot run here: this machine has room for {most}.")
+    cpus = 1 if gpus else max(1, runtime.cpus_of_smallest_node() // count)
+    announce(train_words(nodes, count, cpus, gpus > 0))
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={
@@ -89,14 +102,12 @@ def train(
         scaling_config=ScalingConfig(
             num_workers=count,
             use_gpu=gpus > 0,
-            resources_per_worker={"CPU": 1, "GPU": 1}
-            if gpus
-            else {"CPU": max(1, runtime.cpus_of_smallest_node() // count)},
+            resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpus else {}),
         ),
         run_config=RunConfig(
             name=trained_on,
             **_run_storage(corpus),
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(max_failures=NODES_LOST),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
