@@ -201,8 +201,7 @@ def test_embed_gives_both_in_half_precision_for_any_number(
 ) -> None:
     monkeypatch.setattr("vsearch.encoders.DinoEncoder", lambda name, device: dino)
     monkeypatch.setattr("vsearch.encoders.ClipEncoder", lambda name, device: clip)
-    monkeypatch.setattr("vsearch.encoders.BATCH", 1)
-    encoders = Encoders(EncoderNames("dino", "clip"), "cpu")
+    encoders = Encoders(EncoderNames("dino", "clip"), "cpu", batch=1)
     assert encoders.input_px == 224
     pixels = frames(224, 224)
     pixels.setflags(write=False)
@@ -212,6 +211,31 @@ def test_embed_gives_both_in_half_precision_for_any_number(
         assert vectors.shape == (2, encoder.record.dim)
         assert np.allclose(vectors, alone, atol=1e-3 * np.abs(alone).max())
     assert [v.shape for v in encoders.embed(pixels[:0])] == [(0, 768), (0, 512)]
+
+
+@pytest.mark.parametrize("clip_name", ["folder"], indirect=True)
+def test_a_batch_that_is_too_large_for_the_memory_is_halved(
+    dino: DinoEncoder, clip: ClipEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vsearch.encoders.DinoEncoder", lambda name, device: dino)
+    monkeypatch.setattr("vsearch.encoders.ClipEncoder", lambda name, device: clip)
+    encoders = Encoders(EncoderNames("dino", "clip"), "cpu", batch=8)
+    pixels = np.concatenate([frames(224, 224)] * 4)[:7]
+    expected = encoders.embed(pixels)
+    encode, fit = clip.encode_images, 2
+
+    def with_little_memory(pixels: NDArray[np.uint8]) -> torch.Tensor:
+        if len(pixels) > fit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(pixels)
+
+    monkeypatch.setattr(clip, "encode_images", with_little_memory)
+    for found, vectors in zip(encoders.embed(pixels), expected, strict=True):
+        assert np.allclose(found, vectors, atol=1e-3 * np.abs(vectors).max())
+    assert encoders.batch == 2
+    fit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        encoders.embed(pixels)
 
 
 # ── what cannot be loaded ────────────────────────────────────────────────────────────────────────

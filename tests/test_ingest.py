@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -420,39 +420,4 @@ def test_two_ingests_at_once_do_no_harm(archive: Path, undisturbed: Path, tmp_pa
         _, said = started.communicate(timeout=300)
         assert started.returncode == 0, said.decode()[-3000:]
     Corpus(url).settle()
-    assert_same_rows(stored_rows(url), stored_rows(str(undisturbed)))
-
-
-@pytest.fixture
-def two_nodes() -> Iterator[object]:
-    """A Ray of two nodes on this machine; what ran before is left alone."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    if ray.is_initialized():
-        ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    cluster.add_node(num_cpus=2)
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-
-
-@pytest.mark.long
-def test_a_node_that_goes_away_costs_only_time(
-    two_nodes: object, archive: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    url = new_corpus(undisturbed, tmp_path / "c")
-    removed = threading.Event()
-
-    def remove_once(progress: object) -> None:
-        if getattr(progress, "frames", 0) and not removed.is_set():
-            removed.set()
-            worker = next(iter(two_nodes.worker_nodes))  # type: ignore[attr-defined]
-            two_nodes.remove_node(worker, allow_graceful=False)  # type: ignore[attr-defined]
-
-    ingest_demo(url, archive, report=remove_once)
-    assert removed.is_set()
-    ingest_demo(url, archive)
     assert_same_rows(stored_rows(url), stored_rows(str(undisturbed)))

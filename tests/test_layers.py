@@ -14,12 +14,12 @@ WITHOUT_RAY = [
     "schema", "config", "corpus", "video", "sampling", "encoders", "projector", "moments", "index",
     "search", "evaluate", "storage", "sources", "decoder", "coverage", "probing", "show", "recall",
     "snapshots", "filters", "verify", "parts", "keys", "clips", "exports", "pictures", "query", "api",
-    "guard", "media", "versions", "service", "routes", "sizing",
+    "guard", "media", "versions", "service", "routes", "sizing", "placement",
 ]  # fmt: skip
 STAGES = {"ingest", "train", "build_index", "serve"}
 ORDER = [
-    "config", "keys", "query", "schema", "sampling", "storage", "sources", "video", "clips", "decoder",
-    "coverage", "corpus", "probing", "encoders", "projector", "pictures", "moments", "sizing",
+    "config", "placement", "keys", "query", "schema", "sampling", "storage", "sources", "video", "clips",
+    "decoder", "coverage", "corpus", "probing", "encoders", "projector", "pictures", "moments", "sizing",
     "index", "recall", "snapshots", "filters", "search", "exports", "evaluate", "verify", "parts", "api",
     "guard", "media", "versions", "service", "routes", "runtime", "submit",
 ]  # fmt: skip

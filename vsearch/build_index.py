@@ -25,6 +25,7 @@ from vsearch.config import MIN_RECALL, UserError, check_index_options
 from vsearch.corpus import Corpus, newest_projector
 from vsearch.coverage import VideoState
 from vsearch.moments import Gaps
+from vsearch.placement import index_words, plan_index, prefer
 from vsearch.schema import SNAPSHOT_VIDEOS
 from vsearch.sizing import FLAT_ROWS, ROWS_PER_CELL, Setting, cells_for
 from vsearch.snapshots import (
@@ -52,6 +53,9 @@ SENTENCES = Path(__file__).parent / "sentences.txt"
 FRAME_QUERIES = 100
 FEWEST_CODED = 256
 """Fewer rows cannot train a quantizer: they are flat whatever is asked for."""
+
+RETRIES = 10
+"""So many nodes may go away under a task. What it had finished is not done again."""
 
 GROWTH = 4
 """A quantizer that was trained on so much fewer rows than there are now has too few cells."""
@@ -87,7 +91,9 @@ def build_index(
     retrain: bool = False,
     rebuild: bool = False,
     shard_frames: int = SHARD_FRAMES,
+    gpus: int | None = None,
     report: Report = lambda stage, done, total: None,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> IndexSummary:
     """Publishes a snapshot of all embedded frames, unless the current one is that already.
 
@@ -95,7 +101,8 @@ def build_index(
     `rows` 'moments' or 'frames'; `queries` a file with a sentence a line, on which recall is measured
     instead of general ones. Raises `recall.RecallError` when an index with codes cannot reach
     `min_recall`. `retrain` trains the quantizer anew; `rebuild` makes everything anew, also what is
-    finished, as is needed when a part is damaged.
+    finished, as is needed when a part is damaged. `gpus` are those that may be used (0: none), by default
+    those of the nodes for the index. `announce` gets a line about what the build runs on, when it begins.
     """
     check_index_options(kind, space, rows, min_recall)
     sentences = _sentences(queries)
@@ -117,23 +124,26 @@ def build_index(
         return _summary(parent, 0, published=False)
 
     runtime.connect()
+    tasks = _Tasks(gpus, announce)
     base = parent if parent and _continues(parent, recipe, shard_frames) and not rebuild else None
     salt = uuid.uuid4().hex if rebuild else ""  # other keys than those of the parts that there are
     kept, groups = deal(contents, _stored(snapshots, base) if base else [], shard_frames)
     with runtime.user_errors():
         shards = [base["shards"][shard.number] for shard in kept] if base else []
-        shards += _make_rows(corpus, groups, spans, gaps, recipe, salt, report)
+        shards += _make_rows(tasks, corpus, groups, spans, gaps, recipe, salt, report)
         total = sum(shard["rows"] for shard in shards)
         coded = total > {"flat": math.inf, "auto": FLAT_ROWS, "ivfpq": FEWEST_CODED}[kind]
         former = quantizer = asked_queries = tuning = None
         if coded:
             former = base if base and base["quantizer"] and not retrain else None
-            quantizer = former["quantizer"] if former else _make_quantizer(corpus, shards, total)
-            asked_queries = _make_queries(corpus, shards, sentences, former)
+            quantizer = (
+                former["quantizer"] if former else _make_quantizer(tasks, corpus, shards, total)
+            )
+            asked_queries = _make_queries(tasks, corpus, shards, sentences, former)
             # What an update adds stays flat while it is small: exact, and made anew with the next.
             least = 0 if kind == "ivfpq" or not former else FLAT_ROWS
-            shards = _make_codes(corpus, shards, quantizer, asked_queries, least, report)
-            tuning = _tune(corpus, shards, asked_queries, min_recall)
+            shards = _make_codes(tasks, corpus, shards, quantizer, asked_queries, least, report)
+            tuning = _tune(tasks, corpus, shards, asked_queries, min_recall)
             if not former:
                 quantizer |= {"imbalance": tuning["imbalance"]}
         else:
@@ -230,7 +240,37 @@ def _stored(snapshots: Snapshots, base: dict[str, Any]) -> list[StoredShard]:
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+class _Tasks:
+    """Makes functions into Ray tasks that run where the index belongs."""
+
+    def __init__(self, gpus: int | None, announce: Callable[[str], None]) -> None:
+        nodes = runtime.nodes()
+        self.plan = plan_index(nodes, gpus)
+        self._where = prefer("index", nodes)
+        announce(index_words(nodes, self.plan))
+
+    def of(
+        self,
+        function: Callable[..., Any],
+        on_gpu: bool = False,
+        cpus: int = 1,
+        memory: int | None = None,
+    ) -> Callable[..., Any]:
+        """The function as a task. It gets a GPU if that is of use and there are some, and so many cores
+        and bytes.
+        """
+        submit: Callable[..., Any] = ray.remote(
+            num_cpus=cpus,
+            num_gpus=1 if on_gpu and self.plan.gpus else 0,
+            memory=memory or self.plan.memory,
+            max_retries=RETRIES,
+            **self._where,
+        )(function).remote
+        return submit
+
+
 def _make_rows(
+    tasks: _Tasks,
     corpus: Corpus,
     groups: list[list[Content]],
     spans: Spans,
@@ -240,9 +280,9 @@ def _make_rows(
     report: Report,
 ) -> list[dict[str, Any]]:
     """Makes the rows of new shards, in parallel; gives their entries."""
-    gpus = 1 if recipe.projector and runtime.gpus() else 0
+    shard_rows = tasks.of(parts.shard_rows, on_gpu=recipe.projector is not None)
     jobs = [
-        _task(parts.shard_rows, gpus)(
+        shard_rows(
             corpus.url,
             key_of("rows", salt, asdict(recipe), [[c.video_id, c.generation] for c in group]),
             parts.pieces_of(group, spans),
@@ -252,12 +292,6 @@ def _make_rows(
         for group in groups
     ]
     return _finished(jobs, "rows", report)
-
-
-def _task(function: Callable[..., Any], gpus: int = 0, cpus: int = 1) -> Callable[..., Any]:
-    """A function that runs as a Ray task, with so many GPUs and cores."""
-    submit: Callable[..., Any] = ray.remote(num_cpus=cpus, num_gpus=gpus)(function).remote
-    return submit
 
 
 def _finished(jobs: list[Any], stage: str, report: Report) -> list[Any]:
@@ -273,30 +307,36 @@ def _finished(jobs: list[Any], stage: str, report: Report) -> list[Any]:
 # ── quantizer, queries, codes ────────────────────────────────────────────────────────────────────
 
 
-def _sample(corpus: Corpus, shards: list[dict[str, Any]], wanted: int) -> list[Any]:
+def _sample(tasks: _Tasks, corpus: Corpus, shards: list[dict[str, Any]], wanted: int) -> list[Any]:
     """References to what `_shard_sample` gives, about `wanted` vectors of all shards, evenly drawn."""
     total = sum(shard["rows"] for shard in shards)
     counts = [math.ceil(wanted * shard["rows"] / total) for shard in shards]
+    shard_sample = tasks.of(parts.shard_sample)
     return [
-        _task(parts.shard_sample)(corpus.url, shard, count)
-        for shard, count in zip(shards, counts, strict=True)
+        shard_sample(corpus.url, shard, count) for shard, count in zip(shards, counts, strict=True)
     ]
 
 
-def _make_quantizer(corpus: Corpus, shards: list[dict[str, Any]], total: int) -> dict[str, Any]:
+def _make_quantizer(
+    tasks: _Tasks, corpus: Corpus, shards: list[dict[str, Any]], total: int
+) -> dict[str, Any]:
     nlist = cells_for(total)
     key = key_of("quantizer", nlist, [shard["key"] for shard in shards])
-    gpus = 1 if runtime.gpus() else 0
-    sample = _sample(corpus, shards, ROWS_PER_CELL * nlist)
-    made: dict[str, Any] = ray.get(
-        _task(parts.train, gpus, runtime.cpus_of_smallest_node())(
-            corpus.url, key, nlist, total, *sample
-        )
+    sample = _sample(tasks, corpus, shards, ROWS_PER_CELL * nlist)
+    # The sample as it comes, and in one piece.
+    memory = tasks.plan.memory + 2 * ROWS_PER_CELL * nlist * corpus.config.clip.dim * 4
+    train = tasks.of(
+        parts.train,
+        on_gpu=True,
+        cpus=tasks.plan.cpus,
+        memory=min(memory, tasks.plan.most_memory),
     )
+    made: dict[str, Any] = ray.get(train(corpus.url, key, nlist, total, *sample))
     return made
 
 
 def _make_queries(
+    tasks: _Tasks,
     corpus: Corpus,
     shards: list[dict[str, Any]],
     sentences: list[str],
@@ -310,14 +350,15 @@ def _make_queries(
         return dict(former["queries"])
     key = key_of("queries", asked, [shard["key"] for shard in shards])
     made: dict[str, Any] = ray.get(
-        _task(parts.encode_queries)(
-            corpus.url, key, asked, sentences, *_sample(corpus, shards, FRAME_QUERIES)
+        tasks.of(parts.encode_queries)(
+            corpus.url, key, asked, sentences, *_sample(tasks, corpus, shards, FRAME_QUERIES)
         )
     )
     return made
 
 
 def _make_codes(
+    tasks: _Tasks,
     corpus: Corpus,
     shards: list[dict[str, Any]],
     quantizer: dict[str, Any],
@@ -328,13 +369,11 @@ def _make_codes(
     """Codes the shards of more than `least` rows that are not yet, and asks each the queries; gives the
     entries of all.
     """
-    gpus = 1 if runtime.gpus() else 0
     made_with = [quantizer["key"], queries["key"]]
     todo = [n for n, shard in enumerate(shards) if shard.get("made_with") != made_with]
+    shard_codes = tasks.of(parts.shard_codes, on_gpu=True)
     jobs = [
-        _task(parts.shard_codes, gpus)(
-            corpus.url, shards[n], quantizer, queries, shards[n]["rows"] > least
-        )
+        shard_codes(corpus.url, shards[n], quantizer, queries, shards[n]["rows"] > least)
         for n in todo
     ]
     made = dict(zip(todo, _finished(jobs, "codes", report), strict=True))
@@ -345,10 +384,14 @@ def _make_codes(
 
 
 def _tune(
-    corpus: Corpus, shards: list[dict[str, Any]], queries: dict[str, Any], min_recall: float
+    tasks: _Tasks,
+    corpus: Corpus,
+    shards: list[dict[str, Any]],
+    queries: dict[str, Any],
+    min_recall: float,
 ) -> dict[str, Any]:
     """The cheapest setting that reaches `min_recall`, and the curve that it was chosen from."""
-    points, imbalance = ray.get(_task(parts.measure)(corpus.url, shards, queries["text"]))
+    points, imbalance = ray.get(tasks.of(parts.measure)(corpus.url, shards, queries["text"]))
     return {
         "min_recall": min_recall,
         "text_queries": queries["text"],

@@ -24,6 +24,7 @@ from vsearch.config import (
 from vsearch.show import (
     STATUS_ROWS,
     IngestView,
+    announce,
     clip_line,
     clip_name,
     console,
@@ -114,6 +115,25 @@ WorkersOption = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Training workers; one a GPU, or one, without it."),
 ]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        min=0,
+        envvar="VSEARCH_GPUS",
+        help="GPUs to use, also such as the cluster has yet to start; all that are up, without it.",
+    ),
+]
+DecodersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--decoders", min=1, help="Decode at most so many files at once; one a core, without it."
+    ),
+]
+BatchOption = Annotated[
+    int | None,
+    typer.Option("--batch", min=1, help="Frames an encoder takes at once; by its GPU, without it."),
+]
 LimitOption = Annotated[int, typer.Option("--limit", min=1, help="How many segments.")]
 GapOption = Annotated[
     float,
@@ -194,6 +214,9 @@ def ingest(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 when a video failed or is partial.")
     ] = False,
+    gpus: GpusOption = None,
+    decoders: DecodersOption = None,
+    batch: BatchOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Embed the frames of videos; a repeated command does only what is missing.
@@ -209,6 +232,7 @@ def ingest(
     from vsearch.corpus import Corpus
     from vsearch.coverage import as_dict
     from vsearch.ingest import ingest as run
+    from vsearch.placement import Limits
     from vsearch.snapshots import Snapshots
 
     names = encoder_names(models, dino, clip)
@@ -225,7 +249,9 @@ def ingest(
             retry_failed=retry_failed,
             time_pattern=time_pattern,
             dry_run=dry_run,
+            limits=Limits(gpus, decoders, batch),
             report=view.report,
+            announce=announce,
         )
     found = ", ".join(f"{number} {kind}" for kind, number in sorted(summary.found.items()))
     if dry_run:
@@ -259,6 +285,7 @@ def ingest(
 def train(
     corpus: CorpusOption = DEFAULT_CORPUS,
     workers: WorkersOption = None,
+    gpus: GpusOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train the projector DINO → CLIP on the corpus' frames.
@@ -268,7 +295,7 @@ def train(
     from vsearch.train import train as run
 
     with console.status("training the projector"):
-        summary = run(corpus, TrainConfig(), workers)
+        summary = run(corpus, TrainConfig(), workers, gpus, announce)
     facts = "  ".join(f"{name} {value}" for name, value in summary.metrics.items())
     console.print(
         f"projector {summary.version} ({'new' if summary.new else 'up to date'}): {facts}"
@@ -297,6 +324,7 @@ def index(
     report: Annotated[
         bool, typer.Option("--report", help="Show the recall at each setting, and draw it (PNG).")
     ] = False,
+    gpus: GpusOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Build the index of all embedded frames and publish it; only what is new is done.
@@ -325,6 +353,8 @@ def index(
             min_recall,
             retrain,
             rebuild,
+            gpus=gpus,
+            announce=announce,
             report=lambda stage, done, total: bar.update(
                 task, description=words[stage], completed=done, total=total
             ),
@@ -451,6 +481,9 @@ def build(
     time_pattern: TimePatternOption = None,
     kind: KindOption = "auto",
     workers: WorkersOption = None,
+    gpus: GpusOption = None,
+    decoders: DecodersOption = None,
+    batch: BatchOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Ingest, train and index in one go; what is up to date is left alone.
@@ -459,10 +492,10 @@ def build(
     """
     ingest(
         sources, corpus, models, dino, clip, fps, max_change, pairs, sync, time_pattern,
-        as_json=as_json,
+        gpus=gpus, decoders=decoders, batch=batch, as_json=as_json,
     )  # fmt: skip
-    train(corpus, workers)
-    index(corpus, kind)
+    train(corpus, workers, gpus)
+    index(corpus, kind, gpus=gpus)
 
 
 @app.command(context_settings={"allow_interspersed_args": False})  # the job's options are its own

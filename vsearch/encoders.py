@@ -24,13 +24,19 @@ from transformers import AutoImageProcessor, AutoModel
 from transformers.utils import logging as transformers_logging
 
 from vsearch.config import Encoder, EncoderNames, UserError, local_folder
+from vsearch.placement import CPU_BATCH, gpu_batch
 
 Pixels = NDArray[np.uint8]
-BATCH = 128
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _default_batch(device: str) -> int:
+    if not device.startswith("cuda"):
+        return CPU_BATCH
+    return gpu_batch(torch.cuda.get_device_properties(device).total_memory)
 
 
 class DinoEncoder:
@@ -104,10 +110,15 @@ class ClipEncoder:
 
 
 class Encoders:
-    """Both image encoders on one device, as the ingest actor holds them."""
+    """Both image encoders on one device, as the ingest actor holds them. They take `batch` frames at once,
+    by default as many as suit the device; fewer when these turn out to be too many for its memory.
+    """
 
-    def __init__(self, names: EncoderNames, device: str | None = None) -> None:
+    def __init__(
+        self, names: EncoderNames, device: str | None = None, batch: int | None = None
+    ) -> None:
         self.dino, self.clip = DinoEncoder(names.dino, device), ClipEncoder(names.clip, device)
+        self.batch = batch or _default_batch(device or default_device())
         self.input_px = max(self.dino.input_px, self.clip.input_px)
 
     def embed(
@@ -118,12 +129,21 @@ class Encoders:
         """
         dino = np.empty((len(pixels), self.dino.record.dim), np.float16)
         clip = np.empty((len(pixels), self.clip.record.dim), np.float16) if with_clip else None
-        for start in range(0, len(pixels), BATCH):
-            batch = slice(start, start + BATCH)
+        start = 0
+        while start < len(pixels):
+            batch = slice(start, start + self.batch)
             chunk = np.require(pixels[batch], requirements=["C", "W"])
-            dino[batch] = self.dino.encode_images(chunk).half().cpu().numpy()
-            if clip is not None:
-                clip[batch] = self.clip.encode_images(chunk).half().cpu().numpy()
+            try:
+                dino[batch] = self.dino.encode_images(chunk).half().cpu().numpy()
+                if clip is not None:
+                    clip[batch] = self.clip.encode_images(chunk).half().cpu().numpy()
+            except torch.OutOfMemoryError:
+                if self.batch == 1:
+                    raise
+                self.batch //= 2
+                torch.cuda.empty_cache()
+                continue
+            start = batch.stop
         return dino, clip
 
 

@@ -22,6 +22,7 @@ from vsearch import runtime
 from vsearch.config import CorpusConfig, EncoderNames, Sampling, UserError
 from vsearch.corpus import Corpus
 from vsearch.decoder import ATTEMPTS, DecoderDiedError, own_decoder
+from vsearch.placement import Limits, anywhere, ingest_words, plan_ingest, prefer
 from vsearch.probing import classify, probe_files, probe_tasks
 from vsearch.sampling import SpanRun, grid_origin_s, has_pairs, missing_runs, span_id
 from vsearch.schema import VIDEOS, DecodeError, SpanRecord, frames_schema
@@ -29,8 +30,6 @@ from vsearch.sources import Listed, compare, list_videos, name_clock
 from vsearch.video import DecodedSpan, VideoError
 
 SPANS_PER_FILE = 16
-EMBEDDER_MEMORY_BYTES = 3 << 30
-"""What Ray reserves for an embedding actor: two base-size models in fp32 and their activations."""
 LONGEST_RUN = 8
 """Spans that one task decodes after one seek: longer runs seek less, shorter ones spread better."""
 SPANS_LOST = 2
@@ -86,6 +85,7 @@ class IngestSummary:
 
 
 Report = Callable[[Progress], None]
+Announce = Callable[[str], None]
 
 
 def ingest(
@@ -99,13 +99,16 @@ def ingest(
     retry_failed: bool = False,
     time_pattern: str | None = None,
     dry_run: bool = False,
+    limits: Limits | None = None,
     report: Report = lambda progress: None,
+    announce: Announce = lambda line: None,
 ) -> IngestSummary:
     """Embeds what the corpus lacks of the videos at `sources` (see `sources.list_videos`). With `sync`,
     what is no longer at these sources leaves the corpus. With `retry_failed`, failed videos and spans
     with errors are tried again. `time_pattern` is strptime's, for recording times in file names.
-    `dry_run` reads and compares, but changes nothing. Raises `UserError` for a source that cannot be
-    read or a corpus made otherwise.
+    `dry_run` reads and compares, but changes nothing. `announce` gets a line about what the embedding
+    runs on, when it begins. Raises `UserError` for a source that cannot be read or a corpus made
+    otherwise.
     """
     sampling = Sampling(fps=fps, max_change=max_change)
     time_of = name_clock(time_pattern)
@@ -130,7 +133,9 @@ def ingest(
         _note(corpus, changes.relabel, {})
         _note(corpus, changes.gone, {"status": "gone"})
         uris = {entry.uri for entry in listed}
-        done, unread = _embed_missing(corpus, uris, retry_failed, report)
+        done, unread = _embed_missing(
+            corpus, uris, retry_failed, limits or Limits(), report, announce
+        )
         corpus.settle()
     return replace(
         summary,
@@ -144,7 +149,8 @@ def ingest(
 
 def _require(corpus: Corpus, names: EncoderNames, sampling: Sampling, pairs: float) -> None:
     if not corpus.exists("corpus.json"):
-        corpus.require(ray.get(_describe.remote(names, sampling, pairs)))
+        describe = _describe.options(**prefer("embed", runtime.nodes()))
+        corpus.require(ray.get(describe.remote(names, sampling, pairs)))
         return
     found = corpus.config
     for role in ("dino", "clip"):
@@ -195,6 +201,7 @@ def _probe(
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
+            **prefer("decode", runtime.nodes()),
         )
         for batch in probing.iter_batches(batch_size=None, batch_format="pyarrow"):
             found += batch.to_pylist()
@@ -213,7 +220,12 @@ def _note(corpus: Corpus, rows: list[dict[str, Any]], values: dict[str, Any]) ->
 
 
 def _embed_missing(
-    corpus: Corpus, uris: set[str], retry: bool, report: Report
+    corpus: Corpus,
+    uris: set[str],
+    retry: bool,
+    limits: Limits,
+    report: Report,
+    announce: Announce,
 ) -> tuple[Progress, list[str]]:
     tasks, planned = _plan(corpus, uris, retry)
     expected = sum(planned.values())
@@ -223,8 +235,10 @@ def _embed_missing(
     if not tasks:
         return progress, unread
     config = corpus.config
-    gpus, cpus, memory = runtime.gpus(), runtime.cpus(), runtime.memory_bytes()
-    actors = gpus or max(1, min(cpus // 2, memory // EMBEDDER_MEMORY_BYTES))
+    nodes = runtime.nodes()
+    plan = plan_ingest(nodes, limits)
+    sizes = runtime.gpu_memories(nodes) if plan.encoder_gpus else []
+    announce(ingest_words(nodes, plan, limits.batch, sizes))
     pipeline = (
         ray.data.from_arrow([pa.Table.from_pylist([task], schema=_TASK) for task in tasks])
         .map_batches(  # 1 run of spans → its spans
@@ -232,20 +246,24 @@ def _embed_missing(
             fn_args=(config,),
             batch_size=None,
             batch_format="pyarrow",
-            compute=TaskPoolStrategy(),
+            compute=TaskPoolStrategy(limits.decoders),
             num_cpus=1,
+            **prefer("decode", nodes),
         )
         .map_batches(  # 1 : 1
             _Embedder,
-            fn_constructor_args=(config,),
+            fn_constructor_args=(config, None if plan.encoder_gpus else "cpu", limits.batch),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=actors),
-            # No core is set aside for an actor: on what is left when a node goes away, the actors
-            # could take them all and wait for a decoding that never gets one.
-            num_cpus=0,
-            num_gpus=1 if gpus else 0,
-            memory=min(EMBEDDER_MEMORY_BYTES, memory // 2),
+            compute=ActorPoolStrategy(
+                min_size=plan.fewest_encoders,
+                max_size=plan.most_encoders,
+                initial_size=plan.encoders,
+            ),
+            num_cpus=plan.encoder_cpus,
+            num_gpus=plan.encoder_gpus,
+            memory=plan.encoder_memory,
+            **prefer("embed", nodes),
         )
         .map_batches(  # spans → one file
             _store,
@@ -253,9 +271,10 @@ def _embed_missing(
             batch_size=SPANS_PER_FILE,
             batch_format="pyarrow",
             num_cpus=0,
+            **anywhere(nodes),
         )
     )
-    progress = replace(progress, decoders=cpus, encoders=actors)
+    progress = replace(progress, decoders=plan.decoders, encoders=plan.encoders)
     for batch in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
         unread += batch["problem"].drop_null().to_pylist()
         videos = batch["video_id"].drop_null().to_pylist()
@@ -457,11 +476,12 @@ def _spans_of(
 class _Embedder:
     """The actor that holds both encoders."""
 
-    def __init__(self, config: CorpusConfig) -> None:
+    def __init__(self, config: CorpusConfig, device: str | None, batch: int | None) -> None:
         # Imported here: the workers that probe, decode and store do without torch.
         from vsearch.encoders import Encoders
 
-        self._encoders = Encoders(EncoderNames(config.dino.model, config.clip.model))
+        names = EncoderNames(config.dino.model, config.clip.model)
+        self._encoders = Encoders(names, device, batch)
         for part in ("dino", "clip"):
             loaded, recorded = getattr(self._encoders, part).record, getattr(config, part)
             if loaded != recorded:

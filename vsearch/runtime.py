@@ -2,13 +2,18 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
 from ray.exceptions import RayError
 
 from vsearch.config import UserError
+from vsearch.placement import NODE_ID, ROLE, Node
+
+GPU_LOOK_S = 20.0
+"""So long a stage waits for its nodes to tell how large their GPUs are."""
 
 
 def on_cluster() -> bool:
@@ -17,9 +22,19 @@ def on_cluster() -> bool:
 
 
 def connect() -> None:
-    """Joins the cluster that RAY_ADDRESS names or starts a local one; does nothing when connected."""
-    if ray.is_initialized():
-        return
+    """Joins the cluster that RAY_ADDRESS names or starts a local one, unless it is connected."""
+    if not ray.is_initialized():
+        _start()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # One death while a model loads (a node that goes away) must not end the job.
+    context.max_consecutive_actor_init_deaths = 3
+    # Nor must a long wait for a node, as when no spot instance is to be had.
+    context.execution_no_progress_timeout_s = -1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _start() -> None:
     if on_cluster():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
@@ -31,11 +46,6 @@ def connect() -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    # One death while a model loads (a node that goes away) must not end the job.
-    context.max_consecutive_actor_init_deaths = 3
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def cpus() -> int:
@@ -49,14 +59,50 @@ def cpus_of_smallest_node() -> int:
     return max(1, int(min((count for count in counts if count), default=1)))
 
 
-def memory_bytes() -> int:
-    """Memory that Ray gives out on the connected cluster."""
-    return int(ray.cluster_resources().get("memory", 0))
+def nodes() -> list[Node]:
+    """The nodes of the connected cluster that are alive."""
+    return [
+        Node(
+            id=node["NodeID"],
+            cpus=int(node["Resources"].get("CPU", 0)),
+            gpus=int(node["Resources"].get("GPU", 0)),
+            memory=int(node["Resources"].get("memory", 0)),
+            role=node["Labels"].get(ROLE),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
-def gpus() -> int:
-    """GPUs of the connected cluster."""
-    return int(ray.cluster_resources().get("GPU", 0))
+def gpu_memories(nodes: Sequence[Node]) -> list[int]:
+    """Bytes of memory of the GPUs of these nodes, as far as nvidia-smi tells them there; the GPUs may be
+    in use.
+    """
+    asked = [
+        _own_gpu_memories.options(label_selector={NODE_ID: node.id}).remote()
+        for node in nodes
+        if node.gpus
+    ]
+    known, _ = ray.wait(asked, num_returns=len(asked), timeout=GPU_LOOK_S) if asked else ([], [])
+    found: list[int] = []
+    for reference in known:
+        try:
+            found += ray.get(reference)
+        except RayError:  # the node has gone meanwhile
+            continue
+    return found
+
+
+@ray.remote(num_cpus=0)
+def _own_gpu_memories() -> list[int]:
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(
+            command, capture_output=True, text=True, timeout=GPU_LOOK_S, check=True
+        ).stdout
+        return [int(line) << 20 for line in said.split()]  # it counts in MiB
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
 
 
 @contextmanager

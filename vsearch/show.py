@@ -51,6 +51,11 @@ def emit(value: object) -> None:
     sys.stdout.flush()
 
 
+def announce(line: str) -> None:
+    """Says what a stage runs on."""
+    console.print(line, highlight=False, soft_wrap=True)
+
+
 class IngestView:
     """Shows an ingest's progress: a bar at a terminal, a line now and then elsewhere."""
 

@@ -11,6 +11,7 @@ import math
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from vsearch import runtime
 from vsearch.config import TrainConfig, UserError
 from vsearch.corpus import Corpus, newest_projector, vector_matrix
+from vsearch.placement import train_words
 from vsearch.schema import SpanRecord
 
 if TYPE_CHECKING:
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
 
 CHECKPOINT_EVERY_S = 30.0
 """At least so much time lies between two checkpoints: what a training that is cut off can lose."""
+
+NODES_LOST = 10
+"""A training goes on at its last checkpoint when so many nodes went away; those that Ray was told of
+in time do not count."""
 
 VALIDATION_PAIRS = 2000
 """The metrics are taken on at most this many pairs a worker, spread evenly over its videos."""
@@ -50,9 +56,13 @@ def train(
     corpus_url: str,
     config: TrainConfig | None = None,
     workers: int | None = None,
+    gpus: int | None = None,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> TrainSummary:
     """Trains a projector on the corpus' pairs, unless the newest one was trained on the same. A run
-    that was cut off is taken up at its last checkpoint.
+    that was cut off is taken up at its last checkpoint. `gpus` are those that may be used, also such as
+    an autoscaler has yet to start; by default all that are alive. `announce` gets a line about what the
+    training runs on, when it begins.
     """
     config = config or TrainConfig()
     corpus = Corpus(corpus_url)
@@ -72,11 +82,14 @@ def train(
     if newest and newest[1]["trained_on"] == trained_on:
         return TrainSummary(newest[0], False, newest[1]["metrics"])
     runtime.connect()
-    gpus = runtime.gpus()
+    nodes = runtime.nodes()
+    gpus = sum(node.gpus for node in nodes) if gpus is None else gpus
     count = workers or max(1, gpus)
     most = gpus or runtime.cpus()
     if count > most and not runtime.on_cluster():
         raise UserError(f"{count} workers cannot run here: this machine has room for {most}.")
+    cpus = 1 if gpus else max(1, runtime.cpus_of_smallest_node() // count)
+    announce(train_words(nodes, count, cpus, gpus > 0))
     training = {
         "train_loop_config": {
             "corpus": corpus.url,
@@ -87,14 +100,12 @@ def train(
         "scaling_config": ScalingConfig(
             num_workers=count,
             use_gpu=gpus > 0,
-            resources_per_worker={"CPU": 1, "GPU": 1}
-            if gpus
-            else {"CPU": max(1, runtime.cpus_of_smallest_node() // count)},
+            resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpus else {}),
         ),
         "run_config": RunConfig(
             name=trained_on,
             **_run_storage(corpus),
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(max_failures=NODES_LOST),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     }
@@ -106,7 +117,7 @@ def train(
     return TrainSummary(newest[0], True, newest[1]["metrics"])
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, max_retries=NODES_LOST)
 def _fit(training: dict[str, Any]) -> None:
     """Runs a training. Ray Train's controller stands where this is called, and both load torch: as a
     task they are on a node that has cores. While it waits its core is the workers'.
