@@ -29,6 +29,7 @@ from vsearch.show import (
     coverage_line,
     draw_recall,
     emit,
+    emit_parts,
     figures_table,
     index_line,
     index_summary_line,
@@ -202,7 +203,7 @@ def ingest(
     [bold]vsearch ingest /cameras --max-change 2 --time-pattern %Y%m%d_%H%M%S --dry-run[/]
     """
     from vsearch.corpus import Corpus
-    from vsearch.coverage import as_dict
+    from vsearch.coverage import Overview, json_parts
     from vsearch.ingest import ingest as run
     from vsearch.snapshots import Snapshots
 
@@ -228,12 +229,12 @@ def ingest(
         console.print(f"{summary.videos} videos at the sources: {found}. Nothing was changed.")
         return
     stored = Corpus(corpus)
-    states = stored.states()
     if as_json:
-        emit(as_dict(states, Snapshots(stored).indexed()))
-    else:
-        console.print(coverage_line(states), highlight=False)
-        print_videos(console, states, only_flawed=True)
+        emit_parts(json_parts(stored.each_state(), Snapshots(stored).indexed()))
+    told = Overview(stored.each_state(), only_flawed=True, most=STATUS_ROWS)
+    if not as_json:
+        console.print(coverage_line(told), highlight=False)
+        print_videos(console, told)
     console.print(f"{summary.videos} videos at the sources: {found or 'nothing new'}.")
     seconds = time.monotonic() - began
     saved = summary.frames - summary.embedded
@@ -246,7 +247,7 @@ def ingest(
         console.print("[yellow]A part could not be read now[/]; run the same command again:")
         for line in summary.unread[:10]:
             console.print(f"  {escape(line)}", highlight=False)
-    if strict and any(state.status in ("failed", "partial") for state in states):
+    if strict and (told.videos["failed"] or told.videos["partial"]):
         raise typer.Exit(1)
 
 
@@ -617,18 +618,19 @@ def status(
     Example: [bold]vsearch status --corpus ./corpus --failed[/]
     """
     from vsearch.corpus import Corpus
-    from vsearch.coverage import as_dict
+    from vsearch.coverage import Overview, json_parts
     from vsearch.snapshots import Snapshots
 
     stored = Corpus(corpus)
-    states, indexed = stored.states(), Snapshots(stored).indexed()
+    indexed = Snapshots(stored).indexed()
     if as_json:
-        emit(as_dict(states, indexed))
+        emit_parts(json_parts(stored.each_state(), indexed))
         return
+    told = Overview(stored.each_state(), indexed, failed, None if failed else STATUS_ROWS)
     out = Console()
-    out.print(coverage_line(states), highlight=False)
-    out.print(index_line(states, indexed), highlight=False)
-    print_videos(out, states, only_flawed=failed, most=None if failed else STATUS_ROWS)
+    out.print(coverage_line(told), highlight=False)
+    out.print(index_line(told), highlight=False)
+    print_videos(out, told)
 
 
 @app.command()

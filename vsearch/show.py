@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from vsearch import build_index, ingest
     from vsearch.clips import Cut
-    from vsearch.coverage import VideoState
+    from vsearch.coverage import Overview, VideoState
     from vsearch.search import Results
 
 console = Console(stderr=True)
@@ -48,6 +49,13 @@ def progress_bar() -> Bar:
 def emit(value: object) -> None:
     """Writes a value as one line of JSON to stdout."""
     sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def emit_parts(parts: Iterable[str]) -> None:
+    """Writes one line of JSON that comes in parts to stdout."""
+    sys.stdout.writelines(parts)
+    sys.stdout.write("\n")
     sys.stdout.flush()
 
 
@@ -118,51 +126,43 @@ def print_dry_run(summary: "ingest.IngestSummary", as_json: bool) -> None:
         Console().print(table)
 
 
-def coverage_line(states: "list[VideoState]") -> str:
+def coverage_line(told: "Overview") -> str:
     """How many videos there are, how many of them are embedded in full, and what that is in sum."""
-    from vsearch.coverage import totals
     from vsearch.search import clock
 
-    sums = totals(states)
-    parts = [f"{n} {name}" for name, n in sums["videos"].items() if n and name != "total"]
+    sums = told.sums
+    parts = [f"{n} {name}" for name, n in told.videos.items() if n and name != "total"]
     return (
-        f"[bold]{len(states)} videos[/]: {', '.join(parts) or 'none'}. "
+        f"[bold]{told.videos['total']} videos[/]: {', '.join(parts) or 'none'}. "
         f"[bold]{sums['frames']} frames[/] of "
         f"{clock(sums['indexed_s'])} out of {clock(sums['expected_s'])}; encoders worked "
         f"{clock(sums['encode_s'])}, decoders {clock(sums['decode_s'])}."
     )
 
 
-def index_line(states: "list[VideoState]", indexed: dict[str, Any] | None) -> str:
-    """What the index holds (see `Snapshots.indexed`), and whether it is behind."""
+def index_line(told: "Overview") -> str:
+    """What the index holds, and whether it is behind."""
+    indexed = told.indexed
     if indexed is None:
         return "[yellow]There is no index yet[/]: run vsearch train and vsearch index."
     line = (
         f"Snapshot {indexed['snapshot']} answers from {indexed['rows']} rows, which stand "
         f"for {indexed['frames']} frames of {len(indexed['videos'])} videos."
     )
-    lacking = sum(bool(s.frames) and s.video_id not in indexed["videos"] for s in states)
-    frames = sum(state.frames for state in states)
-    if lacking or frames != indexed["frames"]:
+    if told.not_in_index or told.sums["frames"] != indexed["frames"]:
         line += (
-            f" [yellow]It is behind[/]: {lacking} embedded videos are not in it; run vsearch index."
+            f" [yellow]It is behind[/]: {told.not_in_index} embedded videos are not in it; run "
+            f"vsearch index."
         )
     return line
 
 
-def print_videos(
-    out: Console, states: "list[VideoState]", only_flawed: bool, most: int | None = STATUS_ROWS
-) -> None:
-    """Prints a table of videos, those first (or only) that are not indexed in full; of more than
-    `most` it says how many there are.
-    """
-    listed = [state for state in states if state.status != "indexed"]
-    if not only_flawed:
-        listed += [state for state in states if state.status == "indexed"]
-    shown = listed[:most]
+def print_videos(out: Console, told: "Overview") -> None:
+    """Prints a table of the videos to show; where there are more it says how many."""
+    shown = told.shown()
     if shown:
         out.print(_videos_table(shown))
-    if left := len(listed) - len(shown):
+    if left := told.listable - len(shown):
         out.print(f"… and {left} more (--failed, or --json, lists all)")
 
 
