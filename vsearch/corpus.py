@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -313,7 +313,7 @@ class Corpus:
         writer: a table is taken away when its rows lie in another, and rows may lie in several.
         """
         for folder, schema in (("videos", VIDEOS), ("spans", SPANS)):
-            small = [name for name, (size, _) in self._marks(folder).items() if size < SMALL_BYTES]
+            small = sorted(n for n, size, _ in self._described(folder) if size < SMALL_BYTES)
             while len(small) > MOST_SMALL:
                 part, small = small[:JOINED], small[JOINED:]
                 tables = [self._table(name, schema) for name in part]
@@ -325,14 +325,17 @@ class Corpus:
                 for name in part:
                     self.remove(name)
 
-    def _marks(self, folder: str) -> dict[str, tuple[int, str]]:
-        """Size in bytes and mark of each table of a folder."""
-        return {
-            f"{folder}/{entry['name'].rsplit('/', 1)[-1]}": (entry["size"], mark_of(entry))
-            for page in pages(self.fs, self.path(folder), deep=False)
-            for entry in page
-            if entry["name"].endswith(".parquet")
-        }
+    def _described(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        """(name, size in bytes, mark) of each table of a folder."""
+        for page in pages(self.fs, self.path(folder), deep=False):
+            for entry in page:
+                if entry["name"].endswith(".parquet"):
+                    name = entry["name"].rsplit("/", 1)[-1]
+                    yield f"{folder}/{name}", entry["size"], mark_of(entry)
+
+    def _marks(self) -> dict[str, str]:
+        """What of each frames file changes with it; empty where the storage does not tell."""
+        return {name: mark and f"{size} {mark}" for name, size, mark in self._described("frames")}
 
     def add_frames(self, rows: pa.Table, spans: list[SpanRecord]) -> str:
         """Stores whole spans in one file, named by what is in it; returns the file's name."""
@@ -362,7 +365,7 @@ class Corpus:
         """
         seen: set[str] = set()
         while True:
-            marks = self._marks("frames")
+            marks = self._marks()
             for table in self._tables("spans", SPANS) if not seen else ():
                 table, files = _still_true(table, marks, seen)
                 seen |= files
@@ -378,14 +381,13 @@ class Corpus:
             if not vanished:
                 return
 
-    def _footer(self, marks: dict[str, tuple[int, str]], name: str) -> pa.Table | None:
+    def _footer(self, marks: dict[str, str], name: str) -> pa.Table | None:
         if name not in self._footers:
             try:
                 records = self.records(name)
             except FileNotFoundError:
                 return None
-            size_bytes, mark = marks[name]
-            known = {"file": name, "mark": f"{size_bytes} {mark}", "in_file": len(records)}
+            known = {"file": name, "mark": marks[name], "in_file": len(records)}
             rows = [asdict(record) | known for record in records]
             self._footers[name] = pa.Table.from_pylist(rows, schema=SPANS)
         return self._footers[name]
@@ -394,7 +396,7 @@ class Corpus:
         """Enters the frames files that the ledger does not know into it, so that nobody needs to open
         them to learn what is in them. Their storage must tell when a file changes.
         """
-        marks = {name: mark for name, mark in self._marks("frames").items() if mark[1]}
+        marks = {name: mark for name, mark in self._marks().items() if mark}
         known: set[str] = set()
         for table in self._tables("spans", SPANS):
             known |= _still_true(table, marks, known)[1]
@@ -407,7 +409,7 @@ class Corpus:
 
     def in_force(self, table: pa.Table) -> pa.Table:
         """The rows of a table of the ledger that count: those of frames files as they are now."""
-        return _still_true(table, self._marks("frames"), set())[0]
+        return _still_true(table, self._marks(), set())[0]
 
     def settle(self) -> int:
         """Takes away the rows of spans that count in another file, so that a plain reader of the
@@ -470,10 +472,10 @@ class Corpus:
         for rows in self.latest():
             ids = rows["video_id"]
             content = pc.if_else(pc.equal(ids, ""), rows["uri"], ids)
-            videos.add(rows.append_column("content", content))
+            videos.add(rows.append_column("content", content).select(_BY_CONTENT.names))
         for rows, records in together(videos, spans):
             by_video: dict[str, list[SpanRecord]] = {}
-            for _, (_, span) in counted(records):
+            for _, (_, span) in counted(_as_few(records)):
                 by_video.setdefault(span.video_id, []).append(span)
             places: dict[str, list[dict[str, Any]]] = {}
             for row in video_rows(rows):
@@ -486,12 +488,70 @@ class Corpus:
             yield from sorted(states, key=lambda state: state.uri)
 
 
-_BY_CONTENT = VIDEOS.append(pa.field("content", pa.string()))
+_UNTOLD = ("source", "size_bytes", "etag", "container", "codec", "width", "height", "seekable")
+_BY_CONTENT = pa.schema(
+    [*(field for field in VIDEOS if field.name not in _UNTOLD), pa.field("content", pa.string())]
+)
 
 
-def _still_true(
-    table: pa.Table, marks: dict[str, tuple[int, str]], but: set[str]
-) -> tuple[pa.Table, set[str]]:
+def _as_few(spans: pa.Table) -> pa.Table:
+    """Rows of `SPANS` that tell the same of their videos: all spans of a video that has each of them
+    once, without any fault, are one that holds the end.
+    """
+    columns = {
+        "once": pc.cast(spans["ended"], pa.int32()),
+        "end": pc.if_else(spans["ended"], spans["span"], -1),
+        "faults": pc.add(
+            pc.add(pc.list_value_length(spans["errors"]), pc.list_value_length(spans["gaps"])),
+            pc.cast(spans["quarantined"], pa.int32()),
+        ),
+    }
+    for name, column in columns.items():
+        spans = spans.append_column(name, column)
+    largest = (
+        "span",
+        "end",
+        "faults",
+        "last_pts_s",
+        "attempts",
+        "ended",
+        "span_id",
+        "file",
+        "mark",
+    )
+    sums = ("once", "frames", "embedded", "decode_s", "encode_s")
+    videos = spans.group_by("video_id").aggregate(
+        [("span", "count"), ("span", "count_distinct"), ("pairs", "max"), ("in_file", "max")]
+        + [(name, "max") for name in largest]
+        + [(name, "sum") for name in sums]
+    )
+    spans_of = pc.add(videos["span_max"], 1)
+    conditions = [
+        pc.equal(videos["span_count"], spans_of),
+        pc.equal(videos["span_count_distinct"], spans_of),
+        pc.equal(videos["end_max"], videos["span_max"]),
+        pc.equal(videos["once_sum"], 1),
+        pc.equal(videos["faults_max"], 0),
+    ]
+    videos = videos.filter(reduce(pc.and_, conditions))
+    count = videos.num_rows
+    one = {
+        "video_id": videos["video_id"],
+        "span": pa.array([0] * count, pa.int32()),
+        "errors": pa.array([[]] * count, SPANS.field("errors").type),
+        "gaps": pa.array([[]] * count, SPANS.field("gaps").type),
+        "quarantined": pa.array([False] * count),
+    }
+    for name in (*largest[3:], "pairs", "in_file"):
+        one[name] = videos[f"{name}_max"]
+    for name in sums[1:]:
+        one[name] = videos[f"{name}_sum"]
+    merged = pa.table([one[name].cast(SPANS.field(name).type) for name in SPANS.names], SPANS)
+    others = pc.invert(pc.is_in(spans["video_id"], videos["video_id"].combine_chunks()))
+    return pa.concat_tables([merged, spans.filter(others).select(SPANS.names).cast(SPANS)])
+
+
+def _still_true(table: pa.Table, marks: dict[str, str], but: set[str]) -> tuple[pa.Table, set[str]]:
     """(rows, their files) of a table of the ledger whose frames files have the `marks` that they had,
     `but` for some.
     """
@@ -499,7 +559,7 @@ def _still_true(
     files = {
         name
         for name, mark in zip(*(column.to_pylist() for column in pairs.columns), strict=True)
-        if name not in but and name in marks and mark == "{} {}".format(*marks[name])
+        if name not in but and marks.get(name) == mark != ""
     }
     if len(files) < pairs.num_rows:
         table = table.filter(pc.is_in(table["file"], pa.array(files, pa.string())))
