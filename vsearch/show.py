@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vsearch import build_index, ingest
     from vsearch.clips import Cut
     from vsearch.coverage import Overview, VideoState
+    from vsearch.plan import Plan
     from vsearch.search import Results
 
 console = Console(stderr=True)
@@ -241,6 +242,43 @@ def index_summary_line(summary: "build_index.IndexSummary") -> str:
         f"snapshot [bold]{summary.snapshot}[/] ({made}): {summary.kind}, {summary.rows} rows for "
         f"{summary.frames} frames, {summary.space} space"
     )
+
+
+def plan_table(made: "Plan") -> Table:
+    """What an ingest would cost, and on what each figure rests."""
+    table = Table(
+        title=f"What it takes ({made.files:,} files, {made.sampled:,} of them looked into)",
+        title_justify="left",
+    )
+    for heading in ("", "value", "95 %", "rests on", "law"):
+        table.add_column(heading, justify="right" if heading in ("value", "95 %") else "left")
+    colours = {"derived": "yellow", "measured": "green"}
+    for figure in made.figures:
+        exact = figure.low == figure.high
+        value, low, high = (
+            quantity(v, figure.unit) for v in (figure.value, figure.low, figure.high)
+        )
+        colour = colours.get(figure.basis, "default")
+        table.add_row(
+            figure.label,
+            f"[bold]{value}[/]",
+            "" if exact else f"{low} … {high}",
+            f"[{colour}]{figure.basis}[/]",
+            figure.law,
+        )
+    return table
+
+
+def quantity(value: float, unit: str) -> str:
+    """A figure for people: three digits and its unit."""
+    if unit.startswith("B"):
+        for prefix in ("", "k", "M", "G", "T", "P"):
+            if value < 1000 or prefix == "P":
+                break
+            value /= 1000
+        unit = prefix + unit
+    digits = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{digits} {unit}".rstrip()
 
 
 def snapshots_table(manifests: list[dict[str, Any]], current: str) -> Table:

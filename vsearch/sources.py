@@ -109,6 +109,13 @@ def each_once(table: pa.Table) -> list[Listed]:
     return list(found.values())
 
 
+def once(table: pa.Table) -> pa.Table:
+    """As `each_once`, as a table."""
+    if table.num_rows == pc.count_distinct(table["uri"]).as_py():
+        return table
+    return _table(each_once(table))
+
+
 def _table(entries: list[Listed]) -> pa.Table:
     columns = {f.name: [getattr(e, f.name) for e in entries] for f in fields(Listed)}
     columns["tags"] = [list(tags.items()) for tags in columns["tags"]]
@@ -302,9 +309,7 @@ def differences(
     here = (uri for (table,) in together(listed) for uri in table["uri"].to_pylist())
     covers = _covering(sync_sources, here)
     for entries, rows in together(listed, found):
-        if entries.num_rows != pc.count_distinct(entries["uri"]).as_py():
-            entries = _table(each_once(entries))
-        rows = latest_of(rows)
+        entries, rows = once(entries), latest_of(rows)
         rows = rows.filter(pc.not_equal(rows["status"], "gone"))
         same = _plainly_unchanged(entries, rows, retry_failed, time_pattern is not None)
         others = entries.filter(pc.invert(same))
