@@ -43,11 +43,11 @@ from vsearch.storage import (
 READERS = 16
 FOOTER_BYTES = 1 << 16
 """Most footers of frames files fit in so much: the rest of the file is not read with them."""
-SMALL_BYTES = 1 << 20
+SMALL_BYTES = 1 << 18
 MOST_SMALL = 64
 """When more tables of `videos` or `spans` than this are small, they are made one."""
-JOINED = 4096
-"""So many small tables are made one at a time."""
+JOINED_BYTES = 1 << 24
+"""Small tables of about so much in all are made one at a time: compressed, as they lie on storage."""
 LEDGER_ROWS = 200_000
 
 
@@ -313,9 +313,13 @@ class Corpus:
         writer: a table is taken away when its rows lie in another, and rows may lie in several.
         """
         for folder, schema in (("videos", VIDEOS), ("spans", SPANS)):
-            small = sorted(n for n, size, _ in self._described(folder) if size < SMALL_BYTES)
+            small = [(n, size) for n, size, _ in self._described(folder) if size < SMALL_BYTES]
             while len(small) > MOST_SMALL:
-                part, small = small[:JOINED], small[JOINED:]
+                part, part_bytes = [], 0
+                while small and part_bytes < JOINED_BYTES:
+                    name, size_bytes = small.pop()
+                    part.append(name)
+                    part_bytes += size_bytes
                 tables = [self._table(name, schema) for name in part]
                 rows = pa.concat_tables(
                     [schema.empty_table(), *(table for table in tables if table is not None)]

@@ -27,17 +27,17 @@ def _measured(value: float, unit: str, source: str = CALIBRATED) -> Law:
 # ── decoding ─────────────────────────────────────────────────────────────────────────────────────
 
 DECODE_S_PER_MP = {
-    "h264": _measured(0.0050, "core-s per megapixel of each source frame"),
-    "hevc": _measured(0.0050, "core-s per megapixel of each source frame"),
-    "vp9": _measured(0.0050, "core-s per megapixel of each source frame"),
-    "av1": _measured(0.0050, "core-s per megapixel of each source frame"),
-    "mpeg4": _measured(0.0050, "core-s per megapixel of each source frame"),
-    "mjpeg": _measured(0.0050, "core-s per megapixel of each source frame"),
+    "h264": _measured(0.0021, "core-s per megapixel of each source frame"),
+    "hevc": _measured(0.002, "core-s per megapixel of each source frame"),
+    "vp9": _measured(0.002, "core-s per megapixel of each source frame"),
+    "av1": _measured(0.0013, "core-s per megapixel of each source frame"),
+    "mpeg4": _measured(0.00041, "core-s per megapixel of each source frame"),
+    "mjpeg": _measured(0.0014, "core-s per megapixel of each source frame"),
 }
-OTHER_CODEC = "hevc"
+OTHER_CODEC = "h264"
 """A codec that was not measured counts as this one, the dearest."""
 
-KEEP_S_PER_FRAME = _measured(0.0005, "core-s per frame that is kept: converted, scaled, passed on")
+KEEP_S_PER_FRAME = _measured(0.00095, "core-s per frame that is kept: converted, scaled, passed on")
 KEEP_S_PER_MP = _measured(0.0010, "core-s per megapixel of a frame that is kept")
 USUAL_FPS = 25.0
 """Frames a second of a video that does not say."""
@@ -85,25 +85,20 @@ GPU_UTILISATION = Law(
     "derived",
     "clip-retrieval on an A100: 1,100 images/s of ViT-B/16 (0.12) and 312 of L/14 (0.16)",
 )
-CORE_GFLOP_S = _measured(50.0, "GFLOP/s of one core in float32")
+CORE_GFLOP_S = _measured(83.0, "GFLOP/s of one core in float32")
 
 # ── storing ──────────────────────────────────────────────────────────────────────────────────────
 
 FRAME_BYTES_PER_VECTOR_BYTE = _measured(
-    1.0, "bytes of a frames file per byte of its vectors (2 a number), by benchmarks/calibrate.py"
+    0.95, "bytes of a frames file per byte of its vectors (2 a number), by benchmarks/calibrate.py"
 )
 SPANS_PER_FILE = Law(16, "spans in a frames file", "counted", "vsearch/ingest.py")
-SPANS_PER_RUN = Law(8, "spans that are decoded after one seek", "counted", "vsearch/tasks.py")
-PROBES_PER_FILE = Law(
-    64, "rows in a file of videos before it is tidied", "counted", "vsearch/ingest.py"
-)
-LEDGER_BYTES_PER_SPAN = _measured(30.0, "bytes of the ledger per span")
 
 # ── asking a storage ─────────────────────────────────────────────────────────────────────────────
 
 RANGE_BYTES = Law(1 << 20, "bytes of a range that is read at once", "counted", "vsearch/storage.py")
 LISTED_PER_REQUEST = Law(1000, "files in an answer to a listing", "counted", "S3's ListObjectsV2")
-PROBE_REQUESTS = _measured(7, "requests of a probe: a look at the file, ranges of it")
+PROBE_REQUESTS = _measured(8, "requests of a probe: a look at the file, seven ranges of it")
 
 # ── the index ────────────────────────────────────────────────────────────────────────────────────
 
