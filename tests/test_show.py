@@ -4,7 +4,7 @@ import pytest
 from records import span, video_row
 from rich.console import Console
 
-from vsearch.coverage import VideoState, video_state
+from vsearch.coverage import Overview, VideoState, video_state
 from vsearch.show import STATUS_ROWS, coverage_line, index_line, print_videos
 
 
@@ -33,7 +33,7 @@ def test_videos_that_are_not_indexed_in_full_come_first(
     whole: int, half: int, only_flawed: bool, most: int | None, listed: str, left: int | None
 ) -> None:
     out = Console(file=StringIO(), width=160)
-    print_videos(out, states(whole, half), only_flawed, most)
+    print_videos(out, Overview(states(whole, half), None, only_flawed, most))
     lines = out.file.getvalue().splitlines()
     assert "".join(line[2] for line in lines if ".mp4" in line) == listed
     assert [line for line in lines if "more" in line] == (
@@ -42,8 +42,8 @@ def test_videos_that_are_not_indexed_in_full_come_first(
 
 
 def test_one_line_says_how_much_is_embedded() -> None:
-    assert coverage_line([]).startswith("[bold]0 videos[/]: none. ")
-    assert coverage_line(states(3, 2)).startswith(
+    assert coverage_line(Overview()).startswith("[bold]0 videos[/]: none. ")
+    assert coverage_line(Overview(states(3, 2))).startswith(
         "[bold]5 videos[/]: 3 indexed, 2 pending. [bold]40 frames[/] of 0:40.0 out of 0:50.0; "
     )
 
@@ -51,9 +51,9 @@ def test_one_line_says_how_much_is_embedded() -> None:
 def test_one_line_says_whether_the_index_is_behind() -> None:
     found = states(2, 0)
     index = {"snapshot": "v1", "rows": 5, "frames": 20, "videos": frozenset({"w0", "w1"})}
-    assert "no index yet" in index_line(found, None)
-    assert index_line(found, index) == (
+    assert "no index yet" in index_line(Overview(found))
+    assert index_line(Overview(found, index)) == (
         "Snapshot v1 answers from 5 rows, which stand for 20 frames of 2 videos."
     )
-    behind = index_line(found, index | {"frames": 10, "videos": frozenset({"w0"})})
+    behind = index_line(Overview(found, index | {"frames": 10, "videos": frozenset({"w0"})}))
     assert "It is behind[/]: 1 embedded videos are not in it" in behind

@@ -31,9 +31,11 @@ from vsearch.show import (
     coverage_line,
     draw_recall,
     emit,
+    emit_parts,
     figures_table,
     index_line,
     index_summary_line,
+    plan_table,
     print_dry_run,
     print_videos,
     progress_bar,
@@ -230,7 +232,7 @@ def ingest(
     [bold]vsearch ingest /cameras --max-change 2 --time-pattern %Y%m%d_%H%M%S --dry-run[/]
     """
     from vsearch.corpus import Corpus
-    from vsearch.coverage import as_dict
+    from vsearch.coverage import Overview, json_parts
     from vsearch.ingest import ingest as run
     from vsearch.placement import Limits
     from vsearch.snapshots import Snapshots
@@ -259,12 +261,12 @@ def ingest(
         console.print(f"{summary.videos} videos at the sources: {found}. Nothing was changed.")
         return
     stored = Corpus(corpus)
-    states = stored.states()
     if as_json:
-        emit(as_dict(states, Snapshots(stored).indexed()))
-    else:
-        console.print(coverage_line(states), highlight=False)
-        print_videos(console, states, only_flawed=True)
+        emit_parts(json_parts(stored.each_state(), Snapshots(stored).indexed()))
+    told = Overview(stored.each_state(), only_flawed=True, most=STATUS_ROWS)
+    if not as_json:
+        console.print(coverage_line(told), highlight=False)
+        print_videos(console, told)
     console.print(f"{summary.videos} videos at the sources: {found or 'nothing new'}.")
     seconds = time.monotonic() - began
     saved = summary.frames - summary.embedded
@@ -277,8 +279,68 @@ def ingest(
         console.print("[yellow]A part could not be read now[/]; run the same command again:")
         for line in summary.unread[:10]:
             console.print(f"  {escape(line)}", highlight=False)
-    if strict and any(state.status in ("failed", "partial") for state in states):
+    if strict and (told.videos["failed"] or told.videos["partial"]):
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    sources: SourcesArgument,
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="How many; cores embed without.")] = 0,
+    gpu_type: Annotated[
+        str | None, typer.Option("--gpu-type", help="a10g, l4, rtx4090, a100, l40s, h100, h200.")
+    ] = None,
+    cores: Annotated[int, typer.Option("--cores", min=1, help="Cores of all machines.")] = 16,
+    models: ModelsOption = "base",
+    fps: FpsOption = None,
+    pairs: PairsOption = 1.0,
+    sample: Annotated[
+        int, typer.Option("--sample", min=1, help="About how many files to look into.")
+    ] = 200,
+    price_gpu_hour: Annotated[
+        float | None, typer.Option("--price-gpu-hour", help="Of one GPU, in any currency.")
+    ] = None,
+    price_core_hour: Annotated[
+        float | None, typer.Option("--price-core-hour", help="Of one core.")
+    ] = None,
+    price_gb_month: Annotated[
+        float | None, typer.Option("--price-gb-month", help="Of a gigabyte on storage.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what an ingest would take: hours, frames, machines, storage and money; nothing is stored.
+
+    Examples:
+
+    [bold]vsearch plan s3://archive/2026 --gpus 8 --gpu-type l4 --cores 128[/]
+
+    [bold]vsearch plan ~/Videos --fps 2 --cores 8 --price-core-hour 0.04 --price-gb-month 0.02[/]
+    """
+    from vsearch.plan import Machines, Prices
+    from vsearch.plan import plan as run
+
+    with progress_bar() as bar:
+        task = bar.add_task("listing", total=None, note="")
+        made = run(
+            sources,
+            Machines(gpus, gpu_type, cores),
+            encoder_names(models),
+            fps,
+            pairs,
+            Prices(price_gpu_hour, price_core_hour, price_gb_month),
+            sample,
+            report=lambda done, total: bar.update(
+                task, description="looking into a sample", completed=done, total=total
+            ),
+        )
+    if as_json:
+        emit(asdict(made))
+        return
+    out = Console()
+    out.print(plan_table(made))
+    out.print(f"[bold]The bottleneck is {made.bottleneck}.[/]")
+    for note in made.notes:
+        out.print(note, highlight=False)
 
 
 @app.command()
@@ -771,18 +833,19 @@ def status(
     Example: [bold]vsearch status --corpus ./corpus --failed[/]
     """
     from vsearch.corpus import Corpus
-    from vsearch.coverage import as_dict
+    from vsearch.coverage import Overview, json_parts
     from vsearch.snapshots import Snapshots
 
     stored = Corpus(corpus)
-    states, indexed = stored.states(), Snapshots(stored).indexed()
+    indexed = Snapshots(stored).indexed()
     if as_json:
-        emit(as_dict(states, indexed))
+        emit_parts(json_parts(stored.each_state(), indexed))
         return
+    told = Overview(stored.each_state(), indexed, failed, None if failed else STATUS_ROWS)
     out = Console()
-    out.print(coverage_line(states), highlight=False)
-    out.print(index_line(states, indexed), highlight=False)
-    print_videos(out, states, only_flawed=failed, most=None if failed else STATUS_ROWS)
+    out.print(coverage_line(told), highlight=False)
+    out.print(index_line(told), highlight=False)
+    print_videos(out, told)
 
 
 @app.command()

@@ -11,11 +11,10 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,14 +24,31 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from vsearch.buckets import Buckets, together
 from vsearch.config import FORMAT_VERSION, CorpusConfig, Encoder, Sampling, UserError
 from vsearch.coverage import VideoState, video_state
-from vsearch.schema import SPANS_KEY, VIDEOS, SpanRecord
-from vsearch.storage import RANGE_BYTES, filesystem, is_local, is_refused, open_file, persist
+from vsearch.schema import SPANS, SPANS_KEY, VIDEOS, SpanRecord, latest_of, video_rows
+from vsearch.storage import (
+    RANGE_BYTES,
+    filesystem,
+    is_local,
+    is_refused,
+    mapped,
+    mark_of,
+    open_file,
+    pages,
+    persist,
+)
 
 READERS = 16
 FOOTER_BYTES = 1 << 16
 """Most footers of frames files fit in so much: the rest of the file is not read with them."""
+SMALL_BYTES = 1 << 18
+MOST_SMALL = 64
+"""When more tables of `videos` or `spans` than this are small, they are made one."""
+JOINED_BYTES = 1 << 24
+"""Small tables of about so much in all are made one at a time: compressed, as they lie on storage."""
+LEDGER_ROWS = 200_000
 
 
 class Corpus:
@@ -43,7 +59,7 @@ class Corpus:
         self.url = str(url)
         self._root = self._root.rstrip("/")
         self._local = is_local(self.fs)
-        self._footers: dict[str, list[SpanRecord]] = {}  # files are immutable: read once
+        self._footers: dict[str, pa.Table] = {}  # files are immutable: read once
         if self._local:  # a relative path means another place to a worker
             self.url = self._root
 
@@ -255,22 +271,75 @@ class Corpus:
 
     def videos(self) -> list[dict[str, Any]]:
         """The latest row of each URI that is not gone, as dictionaries, sorted by URI."""
-        return [row for row in self._latest_rows() if row["status"] != "gone"]
+        rows = [row for table in self.latest() for row in video_rows(table)]
+        return sorted((r for r in rows if r["status"] != "gone"), key=lambda row: row["uri"])
 
-    def _latest_rows(self) -> list[dict[str, Any]]:
-        def rows_of(name: str) -> list[dict[str, Any]]:
+    def latest(self) -> Iterator[pa.Table]:
+        """The latest row of each URI, also of those that are gone, as `VIDEOS`, in pieces."""
+        for (rows,) in together(self.findings()):
+            yield latest_of(rows)
+
+    def findings(self) -> Buckets:
+        """All that was ever found of the videos: rows of `VIDEOS` by URI, of which the latest count."""
+        found = Buckets("uri", VIDEOS)
+        for table in self._tables("videos", VIDEOS):
+            found.add(table)
+        return found
+
+    def _tables(self, folder: str, schema: pa.Schema) -> Iterator[pa.Table]:
+        """The tables of a folder. Those that others make one of meanwhile come again within that one."""
+        seen: set[str] = set()
+        while new := [name for name in self.files(folder) if name not in seen]:
+            seen.update(new)
+            vanished = False
+            for table in mapped(partial(self._table, schema=schema), new, READERS):
+                if table is None:
+                    vanished = True
+                else:
+                    yield table
+            if not vanished:
+                return
+
+    def _table(self, name: str, schema: pa.Schema) -> pa.Table | None:
+        """A whole table, None if it is no longer there."""
+        try:
             with self._parquet(name) as file:
-                rows: list[dict[str, Any]] = pq.read_table(file, schema=VIDEOS).to_pylist()
-            return [row | {"tags": dict(row["tags"])} for row in rows]
+                return pq.read_table(file, schema=schema)
+        except FileNotFoundError:
+            return None
 
-        latest: dict[str, dict[str, Any]] = {}
-        with ThreadPoolExecutor(READERS) as pool:
-            for rows in pool.map(rows_of, self.files("videos")):
-                for row in rows:
-                    known = latest.get(row["uri"])
-                    if known is None or row["ingested_at"] >= known["ingested_at"]:
-                        latest[row["uri"]] = row
-        return [latest[uri] for uri in sorted(latest)]
+    def tidy(self) -> None:
+        """Makes few tables of many small ones in `videos` and `spans`. Safe at any moment, beside any
+        writer: a table is taken away when its rows lie in another, and rows may lie in several.
+        """
+        for folder, schema in (("videos", VIDEOS), ("spans", SPANS)):
+            small = [(n, size) for n, size, _ in self._described(folder) if size < SMALL_BYTES]
+            while len(small) > MOST_SMALL:
+                part, part_bytes = [], 0
+                while small and part_bytes < JOINED_BYTES:
+                    name, size_bytes = small.pop()
+                    part.append(name)
+                    part_bytes += size_bytes
+                tables = [self._table(name, schema) for name in part]
+                rows = pa.concat_tables(
+                    [schema.empty_table(), *(table for table in tables if table is not None)]
+                )
+                rows = latest_of(rows) if folder == "videos" else rows
+                self.write_table(f"{folder}/{uuid.uuid4().hex}.parquet", rows)
+                for name in part:
+                    self.remove(name)
+
+    def _described(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        """(name, size in bytes, mark) of each table of a folder."""
+        for page in pages(self.fs, self.path(folder), deep=False):
+            for entry in page:
+                if entry["name"].endswith(".parquet"):
+                    name = entry["name"].rsplit("/", 1)[-1]
+                    yield f"{folder}/{name}", entry["size"], mark_of(entry)
+
+    def _marks(self) -> dict[str, str]:
+        """What of each frames file changes with it; empty where the storage does not tell."""
+        return {name: mark and f"{size} {mark}" for name, size, mark in self._described("frames")}
 
     def add_frames(self, rows: pa.Table, spans: list[SpanRecord]) -> str:
         """Stores whole spans in one file, named by what is in it; returns the file's name."""
@@ -284,31 +353,94 @@ class Corpus:
         """Every stored span by id, with the name of the frames file that counts for it. A span that
         was stored more than once (two ingests at once, another attempt) counts in one file only.
         """
-        return _counted(self._spans_by_file())
+        by_video = self.stored_spans()
+        return {span: found for (rows,) in together(by_video) for span, found in counted(rows)}
+
+    def stored_spans(self) -> Buckets:
+        """The records of all frames files: rows of `SPANS` by video; a span may come twice."""
+        found = Buckets("video_id", SPANS)
+        for table in self._span_tables():
+            found.add(table)
+        return found
+
+    def _span_tables(self) -> Iterator[pa.Table]:
+        """Rows of `SPANS` of all frames files: from the ledger those of files that are what they were
+        when it was written, from the files themselves the others.
+        """
+        seen: set[str] = set()
+        while True:
+            marks = self._marks()
+            for table in self._tables("spans", SPANS) if not seen else ():
+                table, files = _still_true(table, marks, seen)
+                seen |= files
+                yield table
+            new = [name for name in marks if name not in seen]
+            seen.update(new)
+            vanished = False
+            for table in mapped(partial(self._footer, marks), new, READERS):
+                if table is None:  # settled meanwhile: its spans lie in files that are newer
+                    vanished = True
+                else:
+                    yield table
+            if not vanished:
+                return
+
+    def _footer(self, marks: dict[str, str], name: str) -> pa.Table | None:
+        if name not in self._footers:
+            try:
+                records = self.records(name)
+            except FileNotFoundError:
+                return None
+            known = {"file": name, "mark": marks[name], "in_file": len(records)}
+            rows = [asdict(record) | known for record in records]
+            self._footers[name] = pa.Table.from_pylist(rows, schema=SPANS)
+        return self._footers[name]
+
+    def enter(self) -> None:
+        """Enters the frames files that the ledger does not know into it, so that nobody needs to open
+        them to learn what is in them. Their storage must tell when a file changes.
+        """
+        marks = {name: mark for name, mark in self._marks().items() if mark}
+        known: set[str] = set()
+        for table in self._tables("spans", SPANS):
+            known |= _still_true(table, marks, known)[1]
+        footers = mapped(
+            partial(self._footer, marks), (name for name in marks if name not in known), READERS
+        )
+        found = (table for table in footers if table is not None)
+        while tables := _rows_of(found, LEDGER_ROWS):
+            self.write_table(f"spans/{uuid.uuid4().hex}.parquet", pa.concat_tables(tables))
+
+    def in_force(self, table: pa.Table) -> pa.Table:
+        """The rows of a table of the ledger that count: those of frames files as they are now."""
+        return _still_true(table, self._marks(), set())[0]
 
     def settle(self) -> int:
         """Takes away the rows of spans that count in another file, so that a plain reader of the
         frames files sees each row once; returns the number of files that were removed or written
         anew. Safe at any moment, beside any writer: see `_rank`.
         """
-        by_file = self._spans_by_file()
-        counted = _counted(by_file)
-        settled = 0
-        for name, records in by_file.items():
-            kept = [record for record in records if counted[record.span_id][0] == name]
-            if len(kept) == len(records):
-                continue
-            if kept:
-                try:
+        lost: dict[str, set[str]] = {}
+        for (rows,) in together(self.stored_spans()):
+            times = pc.value_counts(rows["span_id"])
+            twice = times.field("values").filter(pc.greater(times.field("counts"), 1))
+            rows = rows.filter(pc.is_in(rows["span_id"], twice))
+            best = dict(counted(rows))
+            for name, span in zip(*(rows[c].to_pylist() for c in ("file", "span_id")), strict=True):
+                if best[span][0] != name:
+                    lost.setdefault(name, set()).add(span)
+        for name, spans in lost.items():
+            try:
+                kept = [record for record in self.records(name) if record.span_id not in spans]
+                if kept:
                     with self._parquet(name) as file:
                         rows = pq.read_table(file)
-                except FileNotFoundError:  # settled by another
-                    continue
-                ids = pa.array([record.span_id for record in kept])
-                self.add_frames(rows.filter(pc.is_in(rows["span_id"], ids)), kept)
+                    ids = pa.array([record.span_id for record in kept])
+                    self.add_frames(rows.filter(pc.is_in(rows["span_id"], ids)), kept)
+            except FileNotFoundError:  # settled by another
+                continue
             self.remove(name)
-            settled += 1
-        return settled
+        return len(lost)
 
     def records(self, name: str) -> list[SpanRecord]:
         """The records of the spans in a frames file."""
@@ -317,17 +449,6 @@ class Corpus:
         if SPANS_KEY not in metadata:
             raise UserError(f"{self.path(name)} is not a frames file of a corpus.")
         return [SpanRecord.from_json(record) for record in json.loads(metadata[SPANS_KEY])]
-
-    def _spans_by_file(self) -> dict[str, list[SpanRecord]]:
-        while True:
-            names = self.files("frames")
-            new = [name for name in names if name not in self._footers]
-            try:
-                with ThreadPoolExecutor(READERS) as pool:
-                    self._footers |= zip(new, pool.map(self.records, new), strict=True)
-            except FileNotFoundError:  # settled meanwhile: list again
-                continue
-            return {name: self._footers[name] for name in names}
 
     def frames(self, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The rows of one frames file, in pieces. Raises `UserError` if it was settled meanwhile."""
@@ -345,39 +466,143 @@ class Corpus:
         """What is known and embedded of every video, sorted by URI. Content that lies at several
         places is one video, which lives where it was found last.
         """
-        by_video: dict[str, list[SpanRecord]] = {}
-        for _, span in self.spans().values():
-            by_video.setdefault(span.video_id, []).append(span)
-        places: dict[str, list[dict[str, Any]]] = {}
-        for row in self._latest_rows():
-            places.setdefault(row["video_id"] or row["uri"], []).append(row)
+        return sorted(self.each_state(), key=lambda state: state.uri)
+
+    def each_state(self) -> Iterator[VideoState]:
+        """As `states`, for any number of videos: of more than `HELD_ROWS` only pieces are sorted."""
         fps = self.config.sampling.fps
-        states = [
-            video_state(rows, by_video.get(rows[0]["video_id"], []), fps)
-            for rows in places.values()
-            if any(row["status"] != "gone" for row in rows)
-        ]
-        return sorted(states, key=lambda state: state.uri)
+        spans = self.stored_spans()
+        videos = Buckets("content", _BY_CONTENT)
+        for rows in self.latest():
+            ids = rows["video_id"]
+            content = pc.if_else(pc.equal(ids, ""), rows["uri"], ids)
+            videos.add(rows.append_column("content", content).select(_BY_CONTENT.names))
+        for rows, records in together(videos, spans):
+            by_video: dict[str, list[SpanRecord]] = {}
+            for _, (_, span) in counted(_as_few(records)):
+                by_video.setdefault(span.video_id, []).append(span)
+            places: dict[str, list[dict[str, Any]]] = {}
+            for row in video_rows(rows):
+                places.setdefault(row.pop("content"), []).append(row)
+            states = [
+                video_state(found, by_video.get(content, []), fps)
+                for content, found in places.items()
+                if any(row["status"] != "gone" for row in found)
+            ]
+            yield from sorted(states, key=lambda state: state.uri)
 
 
-def _counted(by_file: dict[str, list[SpanRecord]]) -> dict[str, tuple[str, SpanRecord]]:
-    counted: dict[str, tuple[str, SpanRecord]] = {}
-    ranks: dict[str, tuple[int, int, str]] = {}
-    for name, records in by_file.items():
-        for record in records:
-            rank = _rank(name, records, record)
-            if record.span_id not in ranks or rank < ranks[record.span_id]:
-                ranks[record.span_id] = rank
-                counted[record.span_id] = (name, record)
-    return counted
+_UNTOLD = ("source", "size_bytes", "etag", "container", "codec", "width", "height", "seekable")
+_BY_CONTENT = pa.schema(
+    [*(field for field in VIDEOS if field.name not in _UNTOLD), pa.field("content", pa.string())]
+)
 
 
-def _rank(name: str, records: list[SpanRecord], record: SpanRecord) -> tuple[int, int, str]:
+def _as_few(spans: pa.Table) -> pa.Table:
+    """Rows of `SPANS` that tell the same of their videos: all spans of a video that has each of them
+    once, without any fault, are one that holds the end.
+    """
+    columns = {
+        "once": pc.cast(spans["ended"], pa.int32()),
+        "end": pc.if_else(spans["ended"], spans["span"], -1),
+        "faults": pc.add(
+            pc.add(pc.list_value_length(spans["errors"]), pc.list_value_length(spans["gaps"])),
+            pc.cast(spans["quarantined"], pa.int32()),
+        ),
+    }
+    for name, column in columns.items():
+        spans = spans.append_column(name, column)
+    largest = (
+        "span",
+        "end",
+        "faults",
+        "last_pts_s",
+        "attempts",
+        "ended",
+        "span_id",
+        "file",
+        "mark",
+    )
+    sums = ("once", "frames", "embedded", "decode_s", "encode_s")
+    videos = spans.group_by("video_id").aggregate(
+        [("span", "count"), ("span", "count_distinct"), ("pairs", "max"), ("in_file", "max")]
+        + [(name, "max") for name in largest]
+        + [(name, "sum") for name in sums]
+    )
+    spans_of = pc.add(videos["span_max"], 1)
+    conditions = [
+        pc.equal(videos["span_count"], spans_of),
+        pc.equal(videos["span_count_distinct"], spans_of),
+        pc.equal(videos["end_max"], videos["span_max"]),
+        pc.equal(videos["once_sum"], 1),
+        pc.equal(videos["faults_max"], 0),
+    ]
+    videos = videos.filter(reduce(pc.and_, conditions))
+    count = videos.num_rows
+    one = {
+        "video_id": videos["video_id"],
+        "span": pa.array([0] * count, pa.int32()),
+        "errors": pa.array([[]] * count, SPANS.field("errors").type),
+        "gaps": pa.array([[]] * count, SPANS.field("gaps").type),
+        "quarantined": pa.array([False] * count),
+    }
+    for name in (*largest[3:], "pairs", "in_file"):
+        one[name] = videos[f"{name}_max"]
+    for name in sums[1:]:
+        one[name] = videos[f"{name}_sum"]
+    merged = pa.table([one[name].cast(SPANS.field(name).type) for name in SPANS.names], SPANS)
+    others = pc.invert(pc.is_in(spans["video_id"], videos["video_id"].combine_chunks()))
+    return pa.concat_tables([merged, spans.filter(others).select(SPANS.names).cast(SPANS)])
+
+
+def _still_true(table: pa.Table, marks: dict[str, str], but: set[str]) -> tuple[pa.Table, set[str]]:
+    """(rows, their files) of a table of the ledger whose frames files have the `marks` that they had,
+    `but` for some.
+    """
+    pairs = table.select(["file", "mark"]).group_by(["file", "mark"]).aggregate([])
+    files = {
+        name
+        for name, mark in zip(*(column.to_pylist() for column in pairs.columns), strict=True)
+        if name not in but and marks.get(name) == mark != ""
+    }
+    if len(files) < pairs.num_rows:
+        table = table.filter(pc.is_in(table["file"], pa.array(files, pa.string())))
+    return table, files
+
+
+def _rows_of(tables: Iterator[pa.Table], rows: int) -> list[pa.Table]:
+    """The next tables, until they have so many rows."""
+    taken: list[pa.Table] = []
+    while (
+        sum(table.num_rows for table in taken) < rows and (table := next(tables, None)) is not None
+    ):
+        taken.append(table)
+    return taken
+
+
+def counted(rows: pa.Table) -> Iterator[tuple[str, tuple[str, SpanRecord]]]:
+    """(span's id, (file that counts, record)) of rows of `SPANS`, each span once."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows.to_pylist():
+        known = best.get(row["span_id"])
+        if known is None or _rank(row) < _rank(known):
+            best[row["span_id"]] = row
+    for span, row in best.items():
+        yield span, (row["file"], span_record(row))
+
+
+def span_record(row: dict[str, Any]) -> SpanRecord:
+    """The record in a row of `SPANS`."""
+    known = {name: value for name, value in row.items() if name not in ("file", "mark", "in_file")}
+    return SpanRecord.from_json(known)
+
+
+def _rank(row: dict[str, Any]) -> tuple[int, int, str]:
     """Which of several files counts for a span: the lowest rank, that is the latest attempt, then the
     file with the fewest spans. What `settle` writes anew ranks before what it was made from, so the
     best file of a span is never taken away, however many settle or write at once.
     """
-    return (-record.attempts, len(records), name)
+    return (-row["attempts"], row["in_file"], row["file"])
 
 
 def _parse_config(data: bytes) -> CorpusConfig:

@@ -2,6 +2,8 @@
 indexed'. Pure arithmetic on the rows of `videos` and the records of spans.
 """
 
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
@@ -187,42 +189,94 @@ def _gaps(
     return merged
 
 
-def totals(states: list[VideoState]) -> dict[str, Any]:
+class Overview:
+    """What there is to say of any number of videos: sums over them, how many embedded ones the index
+    does not hold, and those to show, at most `most`: first the ones that are not indexed in full.
+    `indexed` is what `Snapshots.indexed` tells of the snapshot in use.
+    """
+
+    def __init__(
+        self,
+        states: Iterable[VideoState] = (),
+        indexed: dict[str, Any] | None = None,
+        only_flawed: bool = False,
+        most: int | None = None,
+    ) -> None:
+        self.indexed = indexed
+        self._in_index: frozenset[str] = indexed["videos"] if indexed else frozenset()
+        self._only_flawed, self._most = only_flawed, most
+        self.videos = dict.fromkeys(("total", *STATUSES, "quarantined"), 0)
+        self.sums: dict[str, Any] = dict.fromkeys(_SUMMED, 0)
+        self.not_in_index = 0
+        self.listable = 0
+        self._shown: list[VideoState] = []
+        for state in states:
+            self.add(state)
+
+    def add(self, state: VideoState) -> None:
+        self.videos["total"] += 1
+        self.videos[state.status] += 1
+        self.videos["quarantined"] += state.quarantined
+        for name in _SUMMED:
+            self.sums[name] += getattr(state, name) or 0
+        self.not_in_index += bool(state.frames) and state.video_id not in self._in_index
+        if state.status != "indexed" or not self._only_flawed:
+            self.listable += 1
+            self._shown.append(state)
+            if self._most is not None and len(self._shown) > 2 * self._most:
+                self._shown = self.shown()
+
+    def shown(self) -> list[VideoState]:
+        """The videos to show, sorted by URI, those first that are not indexed in full."""
+        return sorted(self._shown, key=lambda s: (s.status == "indexed", s.uri))[: self._most]
+
+    def totals(self) -> dict[str, Any]:
+        """How many videos there are, by status, and the sums over all of them."""
+        return {"videos": self.videos, **self.sums}
+
+    def video(self, state: VideoState) -> dict[str, Any]:
+        """A video for machines."""
+        return {
+            **asdict(state),
+            "recorded_at": state.recorded_at.isoformat(),
+            "ingested_at": state.ingested_at.isoformat(),
+            "in_index": state.video_id in self._in_index,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the single videos for machines."""
+        flawed = [state for state in self.shown() if state.status != "indexed"]
+        return {
+            **self.totals(),
+            **{
+                name: [{"video": s.uri, "reason": s.reason} for s in flawed if s.status == name]
+                for name in ("failed", "partial", "pending")
+            },
+            "index": self.indexed and {**self.indexed, "videos": len(self._in_index)},
+        }
+
+
+_SUMMED = ("frames", "embedded", "expected_s", "indexed_s", "decode_s", "encode_s")
+
+
+def totals(states: Iterable[VideoState]) -> dict[str, Any]:
     """How many videos there are, by status, and the sums over all of them."""
-    return {
-        "videos": {
-            "total": len(states),
-            **{name: sum(state.status == name for state in states) for name in STATUSES},
-            "quarantined": sum(state.quarantined for state in states),
-        },
-        "frames": sum(state.frames for state in states),
-        "embedded": sum(state.embedded for state in states),
-        "expected_s": sum(state.expected_s or 0.0 for state in states),
-        "indexed_s": sum(state.indexed_s for state in states),
-        "decode_s": sum(state.decode_s for state in states),
-        "encode_s": sum(state.encode_s for state in states),
-    }
+    return Overview(states, only_flawed=True).totals()
 
 
 def as_dict(states: list[VideoState], indexed: dict[str, Any] | None) -> dict[str, Any]:
-    """The coverage of a corpus for machines. `indexed` is what `Corpus.indexed` tells of the current
+    """The coverage of a corpus for machines. `indexed` is what `Snapshots.indexed` tells of the current
     snapshot.
     """
-    in_index = indexed["videos"] if indexed else frozenset()
-    return {
-        **totals(states),
-        **{
-            name: [{"video": s.uri, "reason": s.reason} for s in states if s.status == name]
-            for name in ("failed", "partial", "pending")
-        },
-        "index": indexed and {**indexed, "videos": len(in_index)},
-        "per_video": [
-            {
-                **asdict(state),
-                "recorded_at": state.recorded_at.isoformat(),
-                "ingested_at": state.ingested_at.isoformat(),
-                "in_index": state.video_id in in_index,
-            }
-            for state in states
-        ],
-    }
+    told = Overview(states, indexed, only_flawed=True)
+    return {**told.to_dict(), "per_video": [told.video(state) for state in states]}
+
+
+def json_parts(states: Iterable[VideoState], indexed: dict[str, Any] | None) -> Iterator[str]:
+    """As `as_dict`, the text of its JSON in parts: memory does not hold all videos."""
+    told = Overview((), indexed, only_flawed=True)
+    yield '{"per_video": ['
+    for number, state in enumerate(states):
+        told.add(state)
+        yield (", " if number else "") + json.dumps(told.video(state))
+    yield "], " + json.dumps(told.to_dict())[1:]

@@ -19,19 +19,21 @@ import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from vsearch import runtime
+from vsearch.buckets import Buckets, together
 from vsearch.config import CorpusConfig, EncoderNames, Sampling, UserError
 from vsearch.corpus import Corpus
 from vsearch.decoder import ATTEMPTS, DecoderDiedError, own_decoder
 from vsearch.placement import Limits, anywhere, ingest_words, plan_ingest, prefer
-from vsearch.probing import classify, probe_files, probe_tasks
-from vsearch.sampling import SpanRun, grid_origin_s, has_pairs, missing_runs, span_id
+from vsearch.probing import PLACES, PROBED, classify, portions, probe_files, probe_tasks
+from vsearch.sampling import SpanRun, has_pairs, span_id
 from vsearch.schema import VIDEOS, DecodeError, SpanRecord, frames_schema
-from vsearch.sources import Listed, compare, list_videos, name_clock
+from vsearch.sources import Listed, differences, listing, name_clock
+from vsearch.tasks import TASKS, missing_tasks
 from vsearch.video import DecodedSpan, VideoError
 
 SPANS_PER_FILE = 16
-LONGEST_RUN = 8
-"""Spans that one task decodes after one seek: longer runs seek less, shorter ones spread better."""
+PORTION_TASKS = 20_000
+"""So many tasks are given to Ray at a time."""
 SPANS_LOST = 2
 """After so many quarantined spans in one run the rest of the run is quarantined untried: what a
 poisoned file can cost has a bound."""
@@ -111,32 +113,53 @@ def ingest(
     otherwise.
     """
     sampling = Sampling(fps=fps, max_change=max_change)
-    time_of = name_clock(time_pattern)
-    listed = list_videos(sources, complete=sync)  # what cannot be seen is not gone
+    name_clock(time_pattern)  # a pattern that cannot be used is refused before anything is done
+    listed = listing(sources, complete=sync)  # what cannot be seen is not gone
     corpus = Corpus(corpus_url)
     runtime.connect()
     with runtime.user_errors():
         if not dry_run:
             _require(corpus, encoders, sampling, pairs)
-        known = corpus.videos() if corpus.exists("corpus.json") else []
-        changes = compare(listed, known, sources if sync else (), retry_failed, time_of)
-        probed = _probe(corpus, changes.probe, known, sampling, time_pattern, dry_run, report)
-        found = classify(changes, known, probed)
+        known = corpus.findings() if corpus.exists("corpus.json") else Buckets("uri", VIDEOS)
+        probed, gone = Buckets("video_id", PROBED), Buckets("video_id", PLACES)
+        notes = Buckets("uri", VIDEOS)
+        found: list[tuple[str, str]] = []
+        counts: Counter[str] = Counter()
+        for changes, rows in portions(
+            differences(listed, known, sources if sync else (), retry_failed, time_pattern)
+        ):
+            look = _probe(corpus, changes.probe, rows, sampling, time_pattern, dry_run, report)
+            before = {row["uri"]: row["video_id"] for row in rows}
+            probed.add(_rows([r | {"before": before.get(r["uri"])} for r in look], PROBED))
+            gone.add(_rows(changes.gone, PLACES))
+            now = {"ingested_at": datetime.now(UTC)}
+            notes.add(_rows([row | now for row in changes.relabel], VIDEOS))
+            notes.add(_rows([row | now | {"status": "gone"} for row in changes.gone], VIDEOS))
+            counts.update(unchanged=changes.unchanged, relabelled=len(changes.relabel))
+            if dry_run:
+                found += [(row["uri"], "relabelled") for row in changes.relabel]
+        for uri, kind in classify(known, probed, gone):
+            counts[kind] += 1
+            if dry_run:
+                found.append((uri, kind))
         summary = IngestSummary(
-            videos=len(listed),
-            found=dict(Counter(kind for _, kind in found) + Counter(unchanged=changes.unchanged)),
-            probed=len(probed),
-            listing=found,
+            videos=sum(counts.values()) - counts["gone"],
+            found={kind: number for kind, number in counts.items() if number},
+            probed=probed.rows,
+            listing=sorted(found),
         )
         if dry_run:
             return summary
-        _note(corpus, changes.relabel, {})
-        _note(corpus, changes.gone, {"status": "gone"})
-        uris = {entry.uri for entry in listed}
+        for (table,) in together(notes):
+            if table.num_rows:
+                corpus.add_videos(table)
+        corpus.tidy()
+        corpus.enter()
         done, unread = _embed_missing(
-            corpus, uris, retry_failed, limits or Limits(), report, announce
+            corpus, listed, retry_failed, limits or Limits(), report, announce
         )
         corpus.settle()
+        corpus.enter()
     return replace(
         summary,
         spans=done.done,
@@ -209,11 +232,8 @@ def _probe(
     return found
 
 
-def _note(corpus: Corpus, rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
-    """Stores rows anew, with other values."""
-    if rows:
-        values = values | {"ingested_at": datetime.now(UTC)}
-        corpus.add_videos(pa.Table.from_pylist([row | values for row in rows], schema=VIDEOS))
+def _rows(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 # ── decode, embed, store ─────────────────────────────────────────────────────────────────────────
@@ -221,26 +241,46 @@ def _note(corpus: Corpus, rows: list[dict[str, Any]], values: dict[str, Any]) ->
 
 def _embed_missing(
     corpus: Corpus,
-    uris: set[str],
+    listed: Buckets,
     retry: bool,
     limits: Limits,
     report: Report,
     announce: Announce,
 ) -> tuple[Progress, list[str]]:
-    tasks, planned = _plan(corpus, uris, retry)
-    expected = sum(planned.values())
-    progress = Progress("embed", 0, expected, videos_total=len(planned))
+    tasks = missing_tasks(corpus, listed, retry, runtime.cpus())
+    planned: Counter[str] = Counter()
+    for (table,) in together(tasks):
+        for task in table.select(["video_id", "spans"]).to_pylist():
+            planned[task["video_id"]] += task["spans"]
+    progress = Progress("embed", 0, sum(planned.values()), videos_total=len(planned))
     report(progress)
     unread: list[str] = []
-    if not tasks:
-        return progress, unread
+    for (table,) in together(tasks):
+        for start in range(0, table.num_rows, PORTION_TASKS):
+            portion = table.slice(start, PORTION_TASKS).to_pylist()
+            progress = _embed(corpus, portion, planned, progress, unread, limits, report, announce)
+    return progress, unread
+
+
+def _embed(
+    corpus: Corpus,
+    tasks: list[dict[str, Any]],
+    planned: Counter[str],
+    progress: Progress,
+    unread: list[str],
+    limits: Limits,
+    report: Report,
+    announce: Announce,
+) -> Progress:
+    """Decodes, embeds and stores what the tasks say; gives the progress after that."""
+    expected = progress.total
     config = corpus.config
     nodes = runtime.nodes()
     plan = plan_ingest(nodes, limits)
     sizes = runtime.gpu_memories(nodes) if plan.encoder_gpus else []
     announce(ingest_words(nodes, plan, limits.batch, sizes))
     pipeline = (
-        ray.data.from_arrow([pa.Table.from_pylist([task], schema=_TASK) for task in tasks])
+        ray.data.from_arrow([pa.Table.from_pylist([task], schema=TASKS) for task in tasks])
         .map_batches(  # 1 run of spans → its spans
             _decode_run,
             fn_args=(config,),
@@ -290,24 +330,9 @@ def _embed_missing(
             **{name: getattr(progress, name) + value for name, value in sums.items()},
         )
         report(progress)
-    return progress, unread
+    return progress
 
 
-_TASK = pa.schema(
-    [
-        ("uri", pa.string()),
-        ("size_bytes", pa.int64()),
-        ("mark", pa.string()),
-        ("video_id", pa.string()),
-        ("seekable", pa.bool_()),
-        ("origin_s", pa.float64()),
-        ("span_s", pa.float64()),
-        ("first", pa.int32()),
-        ("stop", pa.int32()),
-        ("done", pa.list_(pa.int32())),
-        ("tried", pa.int32()),
-    ]
-)
 # From here on a row is a span; or a file that can no longer be read, which has its `problem` alone.
 _DECODED = pa.schema(
     [
@@ -338,53 +363,6 @@ _STORED = pa.schema(
     ]
 )
 _SUMS = ("frames", "embedded", "video_s", "decode_s", "encode_s")
-
-
-def _plan(corpus: Corpus, uris: set[str], retry: bool) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The decoding tasks for what is missing, and about how many spans each video will get."""
-    stored: dict[str, dict[int, SpanRecord]] = {}
-    for _, span in corpus.spans().values():
-        stored.setdefault(span.video_id, {})[span.span] = span
-    videos = {
-        row["video_id"]: row
-        for row in corpus.videos()
-        if row["uri"] in uris and row["status"] == "ok"
-    }
-    total = sum(row["expected_spans"] for row in videos.values())
-    longest = max(1, min(LONGEST_RUN, total // (4 * runtime.cpus())))
-    tasks: list[dict[str, Any]] = []
-    planned: Counter[str] = Counter()
-    for video_id, row in videos.items():
-        spans = stored.get(video_id, {})
-        again = [span for span in spans.values() if retry and span.errors]
-        done = {number: s.ended for number, s in spans.items() if s not in again}
-        runs = missing_runs(
-            row["expected_spans"],
-            done,
-            any(done.values()),
-            longest if row["seekable"] else 1 << 30,
-        )
-        if runs and not row["seekable"]:  # decoded from its start: then once, not run by run
-            runs = [SpanRun(runs[0].first, None)]
-        for run in runs:
-            stop = run.stop or max(row["expected_spans"], run.first + 1)
-            planned[video_id] += sum(n not in done for n in range(run.first, stop))
-            tasks.append(
-                {
-                    "uri": row["uri"],
-                    "size_bytes": row["size_bytes"],
-                    "mark": row["etag"],
-                    "video_id": video_id,
-                    "seekable": row["seekable"],
-                    "origin_s": grid_origin_s(row["start_s"], row["span_s"]),
-                    "span_s": row["span_s"],
-                    "first": run.first,
-                    "stop": run.stop,
-                    "done": sorted(done),
-                    "tried": max((span.attempts for span in again), default=0),
-                }
-            )
-    return tasks, planned
 
 
 def _made_with(config: CorpusConfig) -> str:

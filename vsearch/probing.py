@@ -1,20 +1,25 @@
 """What a look into files tells: a row of `videos` for each, good or bad, and what is new about it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from vsearch.buckets import Buckets, together
 from vsearch.config import Sampling
 from vsearch.corpus import Corpus
 from vsearch.decoder import ATTEMPTS, DecoderDiedError, own_decoder
 from vsearch.sampling import expected_spans, span_grid
-from vsearch.schema import VIDEOS
+from vsearch.schema import VIDEOS, latest_of
 from vsearch.sources import Changes, Listed, name_clock
 from vsearch.video import VideoError
+
+PORTION_FILES = 50_000
+"""So many files that are new or differ are worked on at a time."""
 
 
 def probe_tasks(files: list[Listed], known: list[dict[str, Any]]) -> list[str]:
@@ -43,7 +48,7 @@ def probe_files(
         values, tried, good = json.loads(text)
         at = values["modified_at"]
         entry = Listed(**values | {"modified_at": datetime.fromisoformat(at) if at else None})
-        row = _video_row(entry, tried, sampling, time_of)
+        row = video_row(entry, tried, sampling, time_of)
         rows.append(row)
         if not (good and row["status"] == "unreadable"):  # what is known of it still holds
             stored.append(row)
@@ -52,12 +57,13 @@ def probe_files(
     return pa.Table.from_pylist(rows, schema=VIDEOS).select(["uri", "video_id", "status"])
 
 
-def _video_row(
+def video_row(
     entry: Listed,
     tried: int,
     sampling: Sampling,
     time_of: Callable[[str], datetime | None],
 ) -> dict[str, Any]:
+    """What a look into a file tells, as a row of `VIDEOS`. `tried` is how often it failed before."""
     now = datetime.now(UTC)
     named_at = time_of(entry.uri)
     row: dict[str, Any] = {
@@ -115,31 +121,66 @@ def _video_row(
     }
 
 
-def classify(
-    changes: Changes, known: list[dict[str, Any]], probed: list[dict[str, Any]]
-) -> list[tuple[str, str]]:
-    """(uri, what it is) of everything that is not as the corpus knows it."""
-    before = {row["uri"]: row["video_id"] for row in known}
-    gone = {row["uri"] for row in changes.gone}
+PLACES = pa.schema([pa.field("video_id", pa.string()), pa.field("uri", pa.string())])
+PROBED = pa.schema([*PLACES, pa.field("status", pa.string()), pa.field("before", pa.string())])
+"""What a look into a file found, and which content it was known to have `before`, if any."""
+
+
+def portions(
+    differences: Iterable[tuple[Changes, list[dict[str, Any]]]],
+) -> Iterator[tuple[Changes, list[dict[str, Any]]]]:
+    """The differences, put together so that there is enough to probe at a time."""
+    held, known = Changes([], [], [], 0), list[dict[str, Any]]()
+    for changes, rows in differences:
+        held = Changes(
+            held.probe + changes.probe,
+            held.relabel + changes.relabel,
+            held.gone + changes.gone,
+            held.unchanged + changes.unchanged,
+        )
+        known += rows
+        if len(held.probe) + len(held.relabel) + len(held.gone) >= PORTION_FILES:
+            yield held, known
+            held, known = Changes([], [], [], 0), []
+    yield held, known
+
+
+def classify(findings: Buckets, probed: Buckets, gone: Buckets) -> Iterator[tuple[str, str]]:
+    """(uri, what it is) of files that were probed or are gone: rows of `PROBED` and `PLACES` by content.
+    `findings` is what the corpus knew before.
+    """
+    places = Buckets("video_id", PLACES)
+    if probed.rows:
+        for (rows,) in together(findings):
+            rows = latest_of(rows)
+            known = pc.and_(
+                pc.not_equal(rows["status"], "gone"), pc.not_equal(rows["video_id"], "")
+            )
+            places.add(rows.filter(known).select(PLACES.names))
+    for tables in together(places, probed, gone):
+        yield from _kinds(*(table.to_pylist() for table in tables))
+
+
+def _kinds(
+    known: list[dict[str, Any]], probed: list[dict[str, Any]], gone_rows: list[dict[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    gone = {row["uri"] for row in gone_rows}
     places: dict[str, set[str]] = {}
     for row in known:
-        if row["video_id"]:
-            places.setdefault(row["video_id"], set()).add(row["uri"])
-    found = [(row["uri"], "relabelled") for row in changes.relabel]
+        places.setdefault(row["video_id"], set()).add(row["uri"])
     moved: set[str] = set()
     for row in sorted(probed, key=lambda row: str(row["uri"])):
         uri, content = row["uri"], row["video_id"]
         elsewhere = places.get(content, set()) - {uri}
         if row["status"] != "ok":
             kind = row["status"]
-        elif before.get(uri):
-            kind = "unchanged" if before[uri] == content else "changed"
+        elif row["before"]:
+            kind = "unchanged" if row["before"] == content else "changed"
         elif elsewhere & gone - moved:
             kind = "moved"
             moved.add(min(elsewhere & gone - moved))
         else:
             kind = "copy" if elsewhere else "new"
         places.setdefault(content, set()).add(uri)
-        found.append((uri, kind))
-    found += [(uri, "gone") for uri in gone - moved]
-    return sorted(found)
+        yield uri, kind
+    yield from ((uri, "gone") for uri in gone - moved)

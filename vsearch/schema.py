@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 VIDEOS = pa.schema(
     [
@@ -39,6 +40,20 @@ VIDEOS = pa.schema(
 """One row for each finding about a URI; the latest counts. `failed` is the content's fault and final
 until it changes; `unreadable` is the storage's, and tried again; `gone` was removed by a sync.
 """
+
+
+def latest_of(rows: pa.Table) -> pa.Table:
+    """The row that counts for each URI of rows of `VIDEOS`, sorted by URI; of equals the last."""
+    order = pc.sort_indices(rows, [("uri", "ascending"), ("ingested_at", "ascending")])  # stable
+    rows = rows.take(order)
+    uris = rows["uri"].combine_chunks()
+    last = pc.not_equal(uris.slice(0, max(0, len(uris) - 1)), uris.slice(1))
+    return rows.filter(pa.concat_arrays([last, pa.array([True] * bool(len(uris)), pa.bool_())]))
+
+
+def video_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows of `VIDEOS` as dictionaries, their tags too."""
+    return [row | {"tags": dict(row["tags"])} for row in table.to_pylist()]
 
 
 def frames_schema(dino_dim: int, clip_dim: int) -> pa.Schema:
@@ -127,6 +142,32 @@ class SpanRecord:
         errors = [DecodeError(**error) for error in value["errors"]]
         return cls(**value | {"errors": errors, "gaps": [(a, b) for a, b in value["gaps"]]})
 
+
+SPANS = pa.schema(
+    [
+        pa.field("file", pa.string(), nullable=False),  # the frames file, within the corpus
+        pa.field("mark", pa.string(), nullable=False),  # size and mark of that file
+        pa.field("in_file", pa.int32(), nullable=False),  # how many spans are in it
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("span_id", pa.string(), nullable=False),
+        pa.field("span", pa.int32(), nullable=False),
+        pa.field("frames", pa.int32(), nullable=False),
+        pa.field("last_pts_s", pa.float64()),
+        pa.field("ended", pa.bool_(), nullable=False),
+        pa.field("embedded", pa.int32(), nullable=False),
+        pa.field("pairs", pa.bool_(), nullable=False),
+        pa.field("errors", pa.list_(pa.struct([("at_s", pa.float64()), ("reason", pa.string())]))),
+        pa.field("gaps", pa.list_(pa.list_(pa.float64(), 2))),
+        pa.field("attempts", pa.int32(), nullable=False),
+        pa.field("quarantined", pa.bool_(), nullable=False),
+        pa.field("decode_s", pa.float64(), nullable=False),
+        pa.field("encode_s", pa.float64(), nullable=False),
+    ]
+)
+"""One row for each record of a span (see `SpanRecord`) with the frames file that it was found in. The
+ledger holds these rows: it is derived from the frames files, counts for those that still have the same
+`mark`, and may be taken away at any time.
+"""
 
 SAMPLE_BYTES = 1 << 16
 

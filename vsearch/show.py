@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from vsearch import build_index, ingest
     from vsearch.clips import Cut
-    from vsearch.coverage import VideoState
+    from vsearch.coverage import Overview, VideoState
+    from vsearch.plan import Plan
     from vsearch.search import Results
 
 console = Console(stderr=True)
@@ -54,6 +56,13 @@ def emit(value: object) -> None:
 def announce(line: str) -> None:
     """Says what a stage runs on."""
     console.print(line, highlight=False, soft_wrap=True)
+
+
+def emit_parts(parts: Iterable[str]) -> None:
+    """Writes one line of JSON that comes in parts to stdout."""
+    sys.stdout.writelines(parts)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
 
 
 class IngestView:
@@ -123,51 +132,43 @@ def print_dry_run(summary: "ingest.IngestSummary", as_json: bool) -> None:
         Console().print(table)
 
 
-def coverage_line(states: "list[VideoState]") -> str:
+def coverage_line(told: "Overview") -> str:
     """How many videos there are, how many of them are embedded in full, and what that is in sum."""
-    from vsearch.coverage import totals
     from vsearch.search import clock
 
-    sums = totals(states)
-    parts = [f"{n} {name}" for name, n in sums["videos"].items() if n and name != "total"]
+    sums = told.sums
+    parts = [f"{n} {name}" for name, n in told.videos.items() if n and name != "total"]
     return (
-        f"[bold]{len(states)} videos[/]: {', '.join(parts) or 'none'}. "
+        f"[bold]{told.videos['total']} videos[/]: {', '.join(parts) or 'none'}. "
         f"[bold]{sums['frames']} frames[/] of "
         f"{clock(sums['indexed_s'])} out of {clock(sums['expected_s'])}; encoders worked "
         f"{clock(sums['encode_s'])}, decoders {clock(sums['decode_s'])}."
     )
 
 
-def index_line(states: "list[VideoState]", indexed: dict[str, Any] | None) -> str:
-    """What the index holds (see `Snapshots.indexed`), and whether it is behind."""
+def index_line(told: "Overview") -> str:
+    """What the index holds, and whether it is behind."""
+    indexed = told.indexed
     if indexed is None:
         return "[yellow]There is no index yet[/]: run vsearch train and vsearch index."
     line = (
         f"Snapshot {indexed['snapshot']} answers from {indexed['rows']} rows, which stand "
         f"for {indexed['frames']} frames of {len(indexed['videos'])} videos."
     )
-    lacking = sum(bool(s.frames) and s.video_id not in indexed["videos"] for s in states)
-    frames = sum(state.frames for state in states)
-    if lacking or frames != indexed["frames"]:
+    if told.not_in_index or told.sums["frames"] != indexed["frames"]:
         line += (
-            f" [yellow]It is behind[/]: {lacking} embedded videos are not in it; run vsearch index."
+            f" [yellow]It is behind[/]: {told.not_in_index} embedded videos are not in it; run "
+            f"vsearch index."
         )
     return line
 
 
-def print_videos(
-    out: Console, states: "list[VideoState]", only_flawed: bool, most: int | None = STATUS_ROWS
-) -> None:
-    """Prints a table of videos, those first (or only) that are not indexed in full; of more than
-    `most` it says how many there are.
-    """
-    listed = [state for state in states if state.status != "indexed"]
-    if not only_flawed:
-        listed += [state for state in states if state.status == "indexed"]
-    shown = listed[:most]
+def print_videos(out: Console, told: "Overview") -> None:
+    """Prints a table of the videos to show; where there are more it says how many."""
+    shown = told.shown()
     if shown:
         out.print(_videos_table(shown))
-    if left := len(listed) - len(shown):
+    if left := told.listable - len(shown):
         out.print(f"… and {left} more (--failed, or --json, lists all)")
 
 
@@ -246,6 +247,43 @@ def index_summary_line(summary: "build_index.IndexSummary") -> str:
         f"snapshot [bold]{summary.snapshot}[/] ({made}): {summary.kind}, {summary.rows} rows for "
         f"{summary.frames} frames, {summary.space} space"
     )
+
+
+def plan_table(made: "Plan") -> Table:
+    """What an ingest would cost, and on what each figure rests."""
+    table = Table(
+        title=f"What it takes ({made.files:,} files, {made.sampled:,} of them looked into)",
+        title_justify="left",
+    )
+    for heading in ("", "value", "95 %", "rests on", "law"):
+        table.add_column(heading, justify="right" if heading in ("value", "95 %") else "left")
+    colours = {"derived": "yellow", "measured": "green"}
+    for figure in made.figures:
+        exact = figure.low == figure.high
+        value, low, high = (
+            quantity(v, figure.unit) for v in (figure.value, figure.low, figure.high)
+        )
+        colour = colours.get(figure.basis, "default")
+        table.add_row(
+            figure.label,
+            f"[bold]{value}[/]",
+            "" if exact else f"{low} … {high}",
+            f"[{colour}]{figure.basis}[/]",
+            figure.law,
+        )
+    return table
+
+
+def quantity(value: float, unit: str) -> str:
+    """A figure for people: three digits and its unit."""
+    if unit.startswith("B"):
+        for prefix in ("", "k", "M", "G", "T", "P"):
+            if value < 1000 or prefix == "P":
+                break
+            value /= 1000
+        unit = prefix + unit
+    digits = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{digits} {unit}".rstrip()
 
 
 def snapshots_table(manifests: list[dict[str, Any]], current: str) -> Table:

@@ -208,10 +208,11 @@ class Snapshots:
         manifest = self.current_manifest()
         if manifest is None:
             return None
+        ids = pq.read_table(self.path(manifest["videos"]), columns=["video_id"])["video_id"]
         return {
             "snapshot": manifest["version"],
             **{name: manifest[name] for name in ("kind", "space", "rows", "frames")},
-            "videos": frozenset(self.videos(manifest)["video_id"].to_pylist()),
+            "videos": frozenset(ids.to_pylist()),
         }
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────────

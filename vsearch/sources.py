@@ -5,19 +5,24 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import partial, reduce
+from itertools import islice
 from posixpath import basename
 from typing import Any, BinaryIO
 
-import pyarrow.parquet
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
+from vsearch.buckets import Buckets, together
 from vsearch.config import UserError
-from vsearch.storage import filesystem, is_local, mark_of, open_url, persist
+from vsearch.schema import latest_of, video_rows
+from vsearch.storage import filesystem, is_local, mapped, mark_of, open_url, pages, persist
 
 VIDEO_SUFFIXES = (
     *(".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
@@ -53,50 +58,111 @@ class Changes:
     unchanged: int
 
 
+LISTED = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("mark", pa.string(), nullable=False),
+        pa.field("modified_at", pa.timestamp("us", tz="UTC")),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("tags", pa.map_(pa.string(), pa.string()), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+)
+"""One row for each `Listed`."""
+
+PIECE_ROWS = 10_000
+
+
 def list_videos(sources: list[str], complete: bool = False) -> list[Listed]:
     """The files at `sources`, sorted by URI, each once: folders (files with a video's suffix), globs,
     files, and lists (CSV, JSONL, Parquet) with a column `uri`, whose other columns become tags.
     Raises `UserError` for a source that is not there, cannot be read or holds nothing. A folder in a
     folder that cannot be read is passed over, unless the listing must be `complete`.
     """
-    found: dict[str, Listed] = {}
+    found = [e for (table,) in together(listing(sources, complete)) for e in each_once(table)]
+    return sorted(found, key=lambda entry: entry.uri)
+
+
+def listing(sources: list[str], complete: bool = False) -> Buckets:
+    """As `list_videos`, for any number of files: rows of `LISTED` by URI, one for each source that a
+    file came by (see `each_once`).
+    """
+    found = Buckets("uri", LISTED)
     for source in sources:
+        before = found.rows
         entries = _listed(source, complete)
-        if not entries:
+        while piece := list(islice(entries, PIECE_ROWS)):
+            found.add(_table(piece))
+        if found.rows == before:
             raise UserError(f"No videos found at {source}.")
-        for entry in entries:
-            known = found.get(entry.uri)
-            if known is None or entry.tags:
-                found[entry.uri] = entry
-    return [found[uri] for uri in sorted(found)]
+    return found
 
 
-def _listed(source: str, complete: bool) -> list[Listed]:
+def each_once(table: pa.Table) -> list[Listed]:
+    """The files of rows of `LISTED`, each once: with the tags of the last list that has some."""
+    found: dict[str, Listed] = {}
+    for row in table.to_pylist():
+        entry = Listed(**row | {"tags": dict(row["tags"])})
+        if entry.uri not in found or entry.tags:
+            found[entry.uri] = entry
+    return list(found.values())
+
+
+def once(table: pa.Table) -> pa.Table:
+    """As `each_once`, as a table."""
+    if table.num_rows == pc.count_distinct(table["uri"]).as_py():
+        return table
+    return _table(each_once(table))
+
+
+def _table(entries: list[Listed]) -> pa.Table:
+    columns = {f.name: [getattr(e, f.name) for e in entries] for f in fields(Listed)}
+    columns["tags"] = [list(tags.items()) for tags in columns["tags"]]
+    return pa.table(columns, schema=LISTED)
+
+
+def _listed(source: str, complete: bool) -> Iterator[Listed]:
     fs, path = filesystem(source)
     if source.lower().endswith(tuple(LIST_READERS)):
-        return _from_list(source)
-    fs.invalidate_cache()
+        yield from _from_list(source)
+        return
+    home = uri_of(fs, path)
     try:
-        if any(c in path for c in "*?[") and not persist(partial(fs.exists, path)):
-            entries = persist(partial(fs.glob, path, detail=True)).values()
-        elif persist(partial(fs.isdir, path)):
-            if complete and is_local(fs):
-                _require_readable(path)
-            everything = persist(partial(fs.find, path, detail=True)).values()
-            entries = [e for e in everything if e["name"].lower().endswith(VIDEO_SUFFIXES)]
-        else:
-            entries = [persist(partial(fs.info, path))]
+        for entry in _described(fs, _entries(fs, path, complete)):
+            yield _entry(fs, entry, home)
     except FileNotFoundError:
         raise UserError(f"There is nothing at {source}.") from None
     except Exception as error:  # each storage has errors of its own: credentials, network, name
         raise UserError(f"{source} cannot be listed: {error}.") from error
-    home = uri_of(fs, path)
-    files = [e for e in entries if e["type"] != "directory"]
-    with ThreadPoolExecutor(LOOKUPS) as pool:  # a web server's listing holds names only
-        whole = pool.map(
-            lambda e: e if e.get("size") else persist(partial(fs.info, e["name"])), files
-        )
-        return [_entry(fs, e, home) for e in whole]
+
+
+def _entries(fs: Any, path: str, complete: bool) -> Iterator[dict[str, Any]]:
+    """The storage's descriptions of the files that a source stands for, but for a list."""
+    fs.invalidate_cache()
+    if any(c in path for c in "*?[") and not persist(partial(fs.exists, path)):
+        found = persist(partial(fs.glob, path, detail=True)).values()
+        yield from (entry for entry in found if entry["type"] != "directory")
+    elif persist(partial(fs.isdir, path)):
+        if complete and is_local(fs):
+            _require_readable(path)
+        for page in pages(fs, path):
+            yield from (entry for entry in page if entry["name"].lower().endswith(VIDEO_SUFFIXES))
+    else:
+        yield persist(partial(fs.info, path))
+
+
+def _described(fs: Any, entries: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The entries with their sizes: a web server's listing holds names only."""
+    while piece := list(islice(entries, PIECE_ROWS)):
+        if all(entry.get("size") for entry in piece):
+            yield from piece
+        else:
+            yield from mapped(
+                lambda e: e if e.get("size") else persist(partial(fs.info, e["name"])),
+                piece,
+                LOOKUPS,
+            )
 
 
 def _require_readable(path: str) -> None:
@@ -110,49 +176,57 @@ def _require_readable(path: str) -> None:
 
 
 # Not read with Arrow, which would make numbers and dates of a tag's text ("007").
-def _csv_rows(file: BinaryIO) -> list[dict[str, Any]]:
-    table = csv.DictReader(io.StringIO(file.read().decode("utf-8-sig"), newline=""), strict=True)
-    rows = list(table)
-    if any(None in row for row in rows):
-        raise ValueError("a line has more fields than there are columns")
-    return rows
+def _csv_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    for row in csv.DictReader(text, strict=True):
+        if None in row:
+            raise ValueError("a line has more fields than there are columns")
+        yield row
 
 
-def _json_rows(file: BinaryIO) -> list[dict[str, Any]]:
-    lines = file.read().decode("utf-8-sig").split("\n")
-    rows = [json.loads(line) for line in lines if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is no object")
-    return rows
+def _json_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
+    for line in io.TextIOWrapper(file, "utf-8-sig", newline="\n"):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("a line is no object")
+            yield row
 
 
-def _parquet_rows(file: BinaryIO) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
-    return rows
+def _parquet_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
+    for batch in pq.ParquetFile(file).iter_batches(PIECE_ROWS):
+        yield from batch.to_pylist()
 
 
-LIST_READERS: dict[str, Callable[[BinaryIO], list[dict[str, Any]]]] = {
+LIST_READERS: dict[str, Callable[[BinaryIO], Iterator[dict[str, Any]]]] = {
     ".csv": _csv_rows,
     ".jsonl": _json_rows,
     ".parquet": _parquet_rows,
 }
 
 
-def _from_list(source: str) -> list[Listed]:
+def _from_list(source: str) -> Iterator[Listed]:
+    fs, path = filesystem(source)
+    home = uri_of(fs, path)
+    named = (row for row in _rows_of_list(source) if row.get("uri"))
+    return mapped(partial(_look_up, home), named, LOOKUPS)
+
+
+def _rows_of_list(source: str) -> Iterator[dict[str, Any]]:
     suffix = next(s for s in LIST_READERS if source.lower().endswith(s))
+    rows, has_uri = 0, False
     try:
         with open_url(source) as file:
-            rows = LIST_READERS[suffix](file)
+            for row in LIST_READERS[suffix](file):
+                rows += 1
+                has_uri = has_uri or "uri" in row
+                yield row
     except FileNotFoundError:
         raise UserError(f"There is nothing at {source}.") from None
     except Exception as error:
         raise UserError(f"The list {source} cannot be read: {error}.") from error
-    if rows and not any("uri" in row for row in rows):
+    if rows and not has_uri:
         raise UserError(f"The list {source} has no column 'uri'.")
-    fs, path = filesystem(source)
-    home = uri_of(fs, path)
-    with ThreadPoolExecutor(LOOKUPS) as pool:
-        return list(pool.map(partial(_look_up, home), [row for row in rows if row.get("uri")]))
 
 
 def _look_up(home: str, row: dict[str, Any]) -> Listed:
@@ -216,6 +290,70 @@ def compare(
     """What a corpus that knows the rows `known` must do about `listed`. With `sync_sources`, rows that
     lie at these sources but are not listed are gone. `time_of` reads a recording time from a URI.
     """
+    covers = _covering(sync_sources, (entry.uri for entry in listed))
+    return _compare(listed, known, covers, retry_failed, time_of)
+
+
+def differences(
+    listed: Buckets,
+    found: Buckets,
+    sync_sources: Iterable[str] = (),
+    retry_failed: bool = False,
+    time_pattern: str | None = None,
+) -> Iterator[tuple[Changes, list[dict[str, Any]]]]:
+    """As `compare`, for any number of files: bucket by bucket, what is to do, and the rows that are
+    known of the files to probe. `listed` is a `listing`, `found` all rows of the corpus by URI.
+    """
+    time_of = name_clock(time_pattern)
+    sync_sources = list(sync_sources)
+    here = (uri for (table,) in together(listed) for uri in table["uri"].to_pylist())
+    covers = _covering(sync_sources, here)
+    for entries, rows in together(listed, found):
+        entries, rows = once(entries), latest_of(rows)
+        rows = rows.filter(pc.not_equal(rows["status"], "gone"))
+        same = _plainly_unchanged(entries, rows, retry_failed, time_pattern is not None)
+        others = entries.filter(pc.invert(same))
+        wanted = pc.is_in(rows["uri"], others["uri"].combine_chunks())
+        if sync_sources:
+            wanted = pc.or_(
+                wanted, pc.invert(pc.is_in(rows["uri"], entries["uri"].combine_chunks()))
+            )
+        known = video_rows(rows.filter(wanted))
+        changes = _compare(each_once(others), known, covers, retry_failed, time_of)
+        to_probe = {entry.uri for entry in changes.probe}
+        unchanged = changes.unchanged + entries.num_rows - others.num_rows
+        yield (
+            replace(changes, unchanged=unchanged),
+            [row for row in known if row["uri"] in to_probe],
+        )
+
+
+def _plainly_unchanged(
+    entries: pa.Table, rows: pa.Table, retry_failed: bool, timed: bool
+) -> pa.ChunkedArray:
+    """Whether `_compare` would find nothing to do about an entry: true only where columns tell."""
+    at = pc.index_in(entries["uri"], rows["uri"].combine_chunks())
+    row = rows.select(["size_bytes", "etag", "status", "recorded_at_source"]).take(at)
+    good = ["ok"] if retry_failed else ["ok", "failed"]
+    tags = np.diff(entries["tags"].combine_chunks().offsets)
+    conditions = [
+        pc.equal(row["size_bytes"], entries["size_bytes"]),
+        pc.equal(row["etag"], entries["mark"]),
+        pc.is_in(row["status"], pa.array(good)),
+        pa.chunked_array([tags == 0]),
+    ]
+    if timed:
+        conditions.append(pc.equal(row["recorded_at_source"], "container"))
+    return pc.fill_null(reduce(pc.and_, conditions), False)
+
+
+def _compare(
+    listed: list[Listed],
+    known: list[dict[str, Any]],
+    covers: Callable[[dict[str, Any]], bool],
+    retry_failed: bool,
+    time_of: Callable[[str], datetime | None],
+) -> Changes:
     by_uri = {row["uri"]: row for row in known}
     probe: list[Listed] = []
     relabel: list[dict[str, Any]] = []
@@ -237,22 +375,20 @@ def compare(
         if any(row[name] != value for name, value in wanted.items()):
             relabel.append(row | wanted)
     here = {entry.uri for entry in listed}
-    covers = _covers(sync_sources, here)
     gone = [row for row in known if row["uri"] not in here and covers(row)]
     return Changes(probe, relabel, gone, len(listed) - len(probe) - len(relabel))
 
 
-def _covers(sources: Iterable[str], here: set[str]) -> Callable[[dict[str, Any]], bool]:
+def _covering(sources: Iterable[str], here: Iterable[str]) -> Callable[[dict[str, Any]], bool]:
     """Whether a row lies at one of the sources: in the folder, matched by the glob, by that list. A
     source that the URIs `here` show to be a file or folder is no glob, whatever its name holds.
     """
     homes = [uri_of(*filesystem(source)) for source in sources]
-    globs = [
-        re.compile(glob_translate(home))
-        for home in homes
-        if any(c in home for c in "*?[")
-        and not any(uri == home or uri.startswith(f"{home}/") for uri in here)
-    ]
+    patterns = [home for home in homes if any(c in home for c in "*?[")]
+    if patterns:
+        names = {home for uri in here for home in patterns if f"{uri}/".startswith(f"{home}/")}
+        patterns = [home for home in patterns if home not in names]
+    globs = [re.compile(glob_translate(home)) for home in patterns]
 
     def covers(row: dict[str, Any]) -> bool:
         return (

@@ -2,9 +2,11 @@
 
 import hashlib
 import io
+import os
 import re
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -50,7 +52,11 @@ SECRET_PARAMETERS = frozenset(
 )
 
 
+PAGE_ENTRIES = 1000
+"""So many files of a listing are in memory at once, where the storage lists them in pages."""
+
 T = TypeVar("T")
+A = TypeVar("A")
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -172,6 +178,79 @@ def mark_of(info: dict[str, Any]) -> str:
     """What of a storage's description of a file changes with its content; empty if nothing does."""
     names = ("ETag", "mtime", "LastModified", "etag", "last_modified")
     return str(next((info[name] for name in names if info.get(name)), ""))
+
+
+def pages(fs: Any, path: str, deep: bool = True) -> Iterator[list[dict[str, Any]]]:
+    """The storage's descriptions of the files below a folder (with `deep` also of the folders in it)
+    in pieces, so that memory does not hold a large listing: by pages on S3 and on a disk, elsewhere
+    folder by folder. Nothing for a folder that is not there.
+    """
+    if is_local(fs):
+        yield from _pages_of_disk(fs, path, deep)
+    elif "s3" in fs.protocol:
+        yield from _pages_of_s3(fs, path, deep)
+    else:
+        fs.invalidate_cache()
+        for _, _, files in fs.walk(path, maxdepth=None if deep else 1, detail=True):
+            yield list(files.values())
+            fs.invalidate_cache()
+
+
+def _pages_of_disk(fs: Any, path: str, deep: bool) -> Iterator[list[dict[str, Any]]]:
+    page, folders = [], [path]
+    while folders:
+        try:
+            entries = os.scandir(folders.pop())
+        except (FileNotFoundError, PermissionError):  # passed over, as fsspec does
+            continue
+        with entries:
+            for entry in entries:
+                try:
+                    info = fs.info(entry)
+                except FileNotFoundError:  # taken away meanwhile
+                    continue
+                if info["type"] != "directory":
+                    page.append(info)
+                elif deep:
+                    folders.append(info["name"])
+                if len(page) >= PAGE_ENTRIES:
+                    yield page
+                    page = []
+    yield page
+
+
+def _pages_of_s3(fs: Any, path: str, deep: bool) -> Iterator[list[dict[str, Any]]]:
+    bucket, _, prefix = path.partition("/")
+    options = {"Bucket": bucket, "Prefix": f"{prefix.rstrip('/')}/" if prefix else ""}
+    options |= {} if deep else {"Delimiter": "/"}
+    while True:
+        page = persist(partial(fs.call_s3, "list_objects_v2", **options))
+        yield [
+            {
+                "name": f"{bucket}/{entry['Key']}",
+                "size": entry["Size"],
+                "ETag": entry["ETag"],
+                "LastModified": entry["LastModified"],
+                "type": "file",
+            }
+            for entry in page.get("Contents", [])
+            if not entry["Key"].endswith("/")
+        ]
+        if not page.get("IsTruncated"):
+            return
+        options["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def mapped(function: Callable[[A], T], items: Iterable[A], threads: int) -> Iterator[T]:
+    """As `map`, with so many threads that run only a little ahead of what is taken."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def open_url(

@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vsearch.config import UserError
-from vsearch.corpus import Corpus, vector_matrix
+from vsearch.corpus import Corpus, span_record, vector_matrix
 from vsearch.index import Shard
 from vsearch.projector import Projector, projection
-from vsearch.schema import ROWS, VIDEOS, frames_schema
+from vsearch.schema import ROWS, SPANS, VIDEOS, SpanRecord, frames_schema
 from vsearch.snapshots import Snapshots, Spans, content_of, files_of, spans_by_video
 
 ALIKE_ENOUGH = 0.999
@@ -66,6 +66,9 @@ def verify(corpus_url: str, report: Callable[[str], None] = lambda name: None) -
         with checking("videos", name):
             _check_schema(corpus, name, VIDEOS)
     _check_frames(corpus, found, checking)
+    for name in corpus.files("spans"):
+        with checking("ledger", name):
+            _check_ledger(corpus, _check_schema(corpus, name, SPANS))
     for version in corpus.folders("projector"):
         name = f"projector/{version}"
         if not version.startswith(".") and corpus.exists(f"{name}/config.json"):
@@ -73,7 +76,7 @@ def verify(corpus_url: str, report: Callable[[str], None] = lambda name: None) -
                 weights = corpus.read(f"{name}/model.safetensors")
                 Projector.from_bytes(weights, corpus.read(f"{name}/config.json"))
     _check_index(corpus, found, checking)
-    for folder in ("videos", "frames", "index", "index/parts"):
+    for folder in ("videos", "frames", "spans", "index", "index/parts"):
         found.orphans += corpus.files(folder, ".tmp")
     return found
 
@@ -108,6 +111,16 @@ def _check_frames(corpus: Corpus, found: Verification, checking: Checking) -> No
     if not found.damaged:
         in_use = {name for name, _ in corpus.spans().values()}
         found.orphans += sorted(counted.keys() - in_use)
+
+
+def _check_ledger(corpus: Corpus, rows: pa.Table) -> None:
+    """A table of the ledger against the frames files that it speaks of."""
+    by_file: dict[str, list[SpanRecord]] = {}
+    for row in corpus.in_force(rows).to_pylist():
+        by_file.setdefault(row["file"], []).append(span_record(row))
+    for name, records in by_file.items():
+        if records != corpus.records(name):
+            raise UserError(f"it does not say of {name} what that file says itself")
 
 
 def _counts(column: pa.ChunkedArray) -> tuple[Any, Any]:
