@@ -242,10 +242,8 @@ def plan(files: int, url: str, steps: Steps) -> None:
 
 
 def status(files: int, url: str, steps: Steps) -> None:
-    from vsearch.coverage import Overview
-
     with steps.step("status") as found:
-        told = Overview(Corpus(url).each_state(), most=40)
+        told = Corpus(url).overview(None, False, 40)
         found |= {**told.videos, "frames": told.sums["frames"]}
 
 

@@ -603,7 +603,7 @@ def serve(text: str) -> Any:
     )
     wanted = {"upscale_delay_s", "downscale_delay_s", "target_ongoing_requests"}
     require(wanted <= set(scaling), "the pace of scaling is left to chance")
-    options = {"max_ongoing_requests", "ray_actor_options", "graceful_shutdown_timeout_s"}
+    options = {"ray_actor_options", "graceful_shutdown_timeout_s"}
     require(options <= set(gateway), "an option of the gateway is missing")
     require("num_cpus" in gateway["ray_actor_options"], "the gateway asks for no cores")
     equal(config["proxy_location"], "EveryNode")
@@ -943,7 +943,8 @@ def _closed(**properties: Any) -> dict[str, Any]:
 
 _TEXT, _NUMBER = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}
 _SOURCE = _closed(type={"const": "prometheus"}, uid={"const": "${datasource}"})
-_DEFAULTS = _closed(unit={"enum": ["reqps", "s", "percentunit", "short"]}, min={"const": 0})
+_UNITS = ["reqps", "s", "percent", "percentunit", "bytes", "short"]
+_DEFAULTS = _closed(unit={"enum": _UNITS}, min={"const": 0})
 _TARGET = _closed(refId={"pattern": "^[A-Z]$", **_TEXT}, expr=_TEXT, legendFormat=_TEXT)
 # The part of Grafana's model that is used here (its panel and dashboard kinds are open to all names).
 DASHBOARD = _closed(
@@ -988,11 +989,25 @@ def grafana(text: str) -> None:
 
     board = json.loads(text)
     check(jsonschema.Draft202012Validator(DASHBOARD), board)
-    source = inspect.getsource(_measurements)
+    ours = inspect.getsource(_measurements)
     for expression in _named(board, "expr"):
-        names = re.findall(r"ray_(\w+?)(?:_total|_bucket)?\b", expression)
-        require(names and all(f'"{name}"' in source for name in names), expression)
+        names = re.findall(r"\b(?:ray|autoscaler)_\w+", expression)
+        require(names, expression)
+        for name in names:
+            own = re.fullmatch(r"ray_(vsearch_\w+?)(?:_total|_bucket)?", name)
+            require(f'"{own[1]}"' in ours if own else name in _metrics_of_ray(), name)
         require(expression.count("(") == expression.count(")"), expression)
+
+
+@cache
+def _metrics_of_ray() -> set[str]:
+    """The metrics that Ray's own dashboards show."""
+    from ray.dashboard.modules.metrics import dashboards
+
+    found: set[str] = set()
+    for path in Path(next(iter(dashboards.__path__))).glob("*.py"):
+        found |= set(re.findall(r"\b(?:ray|autoscaler)_\w+", path.read_text(encoding="utf-8")))
+    return found
 
 
 # ── variables ────────────────────────────────────────────────────────────────────────────────────

@@ -1,5 +1,6 @@
 """Tables in buckets: what is done bucket by bucket gives what is done with all at once."""
 
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from records import CONFIG, NOW, add_spans, add_videos, span, video_row
 import vsearch.buckets
 import vsearch.corpus
 from vsearch.buckets import Buckets, together
-from vsearch.config import UserError
+from vsearch.config import Sampling, UserError
 from vsearch.corpus import Corpus
+from vsearch.coverage import Overview, video_state
 from vsearch.probing import PLACES, PROBED, classify, portions
-from vsearch.schema import VIDEOS
+from vsearch.schema import VIDEOS, DecodeError
 from vsearch.sources import Changes, Listed, compare, differences, listing, name_clock
 from vsearch.tasks import missing_tasks
 from vsearch.verify import verify
@@ -230,6 +232,76 @@ def expected_states() -> list[tuple[str, str, int, list[str]]]:
 
 def test_states_are_those_of_each_video_alone(corpus: Corpus) -> None:
     assert uris_and_status(corpus) == expected_states()
+
+
+span_values = st.fixed_dictionaries(
+    {},
+    optional={
+        "ended": st.just(True),
+        "errors": st.just([DecodeError(1.0, "damaged")]),
+        "gaps": st.just([(1.0, 2.0)]),
+        "quarantined": st.just(True),
+        "attempts": st.just(2),
+        "frames": st.sampled_from([0, 3]),
+        "last_pts_s": st.sampled_from([None, 1.0, 99.0]),
+    },
+)
+row_values = st.fixed_dictionaries(
+    {},
+    optional={
+        "status": st.sampled_from(["failed", "unreadable", "gone"]),
+        "duration_s": st.sampled_from([None, 0.0, 4.0, 300.0]),
+        "start_s": st.sampled_from([1.5, -2.0]),
+        "fps": st.sampled_from([None, 0.0, 10.0]),
+        "expected_spans": st.integers(1, 4),
+        "quarantined": st.just(True),
+    },
+)
+contents = st.lists(
+    st.tuples(
+        st.one_of(st.just({}), row_values),
+        st.one_of(
+            st.just({0: {}, 1: {"ended": True}}),
+            st.dictionaries(st.integers(0, 3), span_values, max_size=3),
+        ),
+        st.booleans(),
+    ),
+    max_size=8,
+)
+
+
+@SMALL
+@given(contents, st.booleans(), st.sampled_from([None, 2]), st.sampled_from([None, 0, 2]))
+def test_states_and_their_overview_are_those_of_each_video_alone(
+    tmp_path: Path,
+    videos: list[tuple[dict[str, Any], dict[int, dict[str, Any]], bool]],
+    only_flawed: bool,
+    fps: float | None,
+    most: int | None,
+) -> None:
+    corpus = Corpus(str(tmp_path / uuid.uuid4().hex))
+    corpus.require(replace(CONFIG, sampling=Sampling(fps=fps)))
+    wanted = []
+    for number, (values, spans, copied) in enumerate(videos):
+        rows = [video_row(str(number), **values)]
+        if copied:
+            rows.append(video_row(str(number), uri=f"/copies/{number}.mp4"))
+        add_videos(corpus, *rows)
+        records = [span(n, str(number), **given) for n, given in spans.items()]
+        for record in records:
+            add_spans(corpus, record)
+        if any(row["status"] != "gone" for row in rows):
+            wanted.append(video_state(rows, records, fps))
+    wanted.sort(key=lambda state: state.uri)
+    assert corpus.states() == wanted
+    index = {"videos": frozenset("024"), "frames": 1}
+    told, alone = (
+        corpus.overview(index, only_flawed, most),
+        Overview(wanted, index, only_flawed, most),
+    )
+    assert told.videos == alone.videos and told.sums == pytest.approx(alone.sums)
+    assert (told.not_in_index, told.listable) == (alone.not_in_index, alone.listable)
+    assert told.shown() == alone.shown()
 
 
 def test_tasks_are_for_what_is_missing_of_what_is_listed(corpus: Corpus) -> None:

@@ -192,6 +192,7 @@ WRONG = [
     ("kubernetes/base.yaml", "port: 8265", "port: 8256"),
     ("kubernetes/base.yaml", "enforce: baseline", "enforce: basline"),
     ("grafana.json", "ray_vsearch_rows", "ray_vsearch_row"),
+    ("grafana.json", "ray_data_output_rows", "ray_data_output_row"),
     ("grafana.json", '"reqps"', '"reqs"'),
     ("Dockerfile", "FROM python:3.12.12-slim-trixie\n", "FROM python:latest\n"),
     ("Dockerfile", "FROM python:3.12.12-slim-trixie\n", "FROM python:3.12-slim-trixie\n"),

@@ -232,7 +232,7 @@ def ingest(
     [bold]vsearch ingest /cameras --max-change 2 --time-pattern %Y%m%d_%H%M%S --dry-run[/]
     """
     from vsearch.corpus import Corpus
-    from vsearch.coverage import Overview, json_parts
+    from vsearch.coverage import json_parts
     from vsearch.ingest import ingest as run
     from vsearch.placement import Limits
     from vsearch.snapshots import Snapshots
@@ -263,7 +263,7 @@ def ingest(
     stored = Corpus(corpus)
     if as_json:
         emit_parts(json_parts(stored.each_state(), Snapshots(stored).indexed()))
-    told = Overview(stored.each_state(), only_flawed=True, most=STATUS_ROWS)
+    told = stored.overview(None, True, STATUS_ROWS)
     if not as_json:
         console.print(coverage_line(told), highlight=False)
         print_videos(console, told)
@@ -833,7 +833,7 @@ def status(
     Example: [bold]vsearch status --corpus ./corpus --failed[/]
     """
     from vsearch.corpus import Corpus
-    from vsearch.coverage import Overview, json_parts
+    from vsearch.coverage import json_parts
     from vsearch.snapshots import Snapshots
 
     stored = Corpus(corpus)
@@ -841,7 +841,7 @@ def status(
     if as_json:
         emit_parts(json_parts(stored.each_state(), indexed))
         return
-    told = Overview(stored.each_state(), indexed, failed, None if failed else STATUS_ROWS)
+    told = stored.overview(indexed, failed, None if failed else STATUS_ROWS)
     out = Console()
     out.print(coverage_line(told), highlight=False)
     out.print(index_line(told), highlight=False)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from vsearch.buckets import Buckets, together
 from vsearch.config import FORMAT_VERSION, CorpusConfig, Encoder, Sampling, UserError
-from vsearch.coverage import VideoState, video_state
+from vsearch.coverage import Overview, VideoState, plainly_indexed, video_state
 from vsearch.schema import SPANS, SPANS_KEY, VIDEOS, SpanRecord, latest_of, video_rows
 from vsearch.storage import (
     RANGE_BYTES,
@@ -471,6 +471,28 @@ class Corpus:
     def each_state(self) -> Iterator[VideoState]:
         """As `states`, for any number of videos: of more than `HELD_ROWS` only pieces are sorted."""
         fps = self.config.sampling.fps
+        for rows, spans in self._contents():
+            yield from _states(rows, spans, fps)
+
+    def overview(
+        self, indexed: dict[str, Any] | None, only_flawed: bool, most: int | None
+    ) -> Overview:
+        """The overview of all states, in which no states are made of what is only counted."""
+        told, fps = Overview((), indexed, only_flawed, most), self.config.sampling.fps
+        shown = 0 if only_flawed else most
+        for rows, spans in self._contents():
+            plain = plainly_indexed(rows, spans, fps).sort_by("uri")
+            plain = plain.slice(plain.num_rows if shown is None else shown)
+            told.add_sums(plain)
+            ids = plain["video_id"].combine_chunks()
+            rows = rows.filter(pc.invert(pc.is_in(rows["content"], ids)))
+            spans = spans.filter(pc.invert(pc.is_in(spans["video_id"], ids)))
+            for state in _states(rows, spans, fps):
+                told.add(state)
+        return told
+
+    def _contents(self) -> Iterator[tuple[pa.Table, pa.Table]]:
+        """(places with their `content`, rows of `SPANS`) of the same contents, in pieces."""
         spans = self.stored_spans()
         videos = Buckets("content", _BY_CONTENT)
         for rows in self.latest():
@@ -478,18 +500,22 @@ class Corpus:
             content = pc.if_else(pc.equal(ids, ""), rows["uri"], ids)
             videos.add(rows.append_column("content", content).select(_BY_CONTENT.names))
         for rows, records in together(videos, spans):
-            by_video: dict[str, list[SpanRecord]] = {}
-            for _, (_, span) in counted(_as_few(records)):
-                by_video.setdefault(span.video_id, []).append(span)
-            places: dict[str, list[dict[str, Any]]] = {}
-            for row in video_rows(rows):
-                places.setdefault(row.pop("content"), []).append(row)
-            states = [
-                video_state(found, by_video.get(content, []), fps)
-                for content, found in places.items()
-                if any(row["status"] != "gone" for row in found)
-            ]
-            yield from sorted(states, key=lambda state: state.uri)
+            yield rows, _as_few(records)
+
+
+def _states(rows: pa.Table, spans: pa.Table, fps: float | None) -> list[VideoState]:
+    by_video: dict[str, list[SpanRecord]] = {}
+    for _, (_, span) in counted(spans):
+        by_video.setdefault(span.video_id, []).append(span)
+    places: dict[str, list[dict[str, Any]]] = {}
+    for row in video_rows(rows):
+        places.setdefault(row.pop("content"), []).append(row)
+    states = [
+        video_state(found, by_video.get(content, []), fps)
+        for content, found in places.items()
+        if any(row["status"] != "gone" for row in found)
+    ]
+    return sorted(states, key=lambda state: state.uri)
 
 
 _UNTOLD = ("source", "size_bytes", "etag", "container", "codec", "width", "height", "seekable")

@@ -6,7 +6,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import reduce
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from vsearch.sampling import grid_origin_s
 from vsearch.schema import DecodeError, SpanRecord
@@ -189,6 +193,45 @@ def _gaps(
     return merged
 
 
+def plainly_indexed(rows: pa.Table, spans: pa.Table, fps: float | None) -> pa.Table:
+    """Of videos that `video_state` would find indexed in full, without gap, error or copy: `video_id`
+    and what an `Overview` sums. `rows` are the places of contents, `spans` rows of `SPANS`, of a video
+    that is told by one (see `Corpus.overview`). Only those that columns tell.
+    """
+    once = rows.group_by("content").aggregate([("uri", "count")])
+    once = once.filter(pc.equal(once["uri_count"], 1))["content"].combine_chunks()
+    ids = spans.group_by("video_id").aggregate([("span", "count")])
+    single = ids.filter(pc.equal(ids["span_count"], 1))["video_id"].combine_chunks()
+    whole = pc.and_(pc.equal(spans["span"], 0), spans["ended"])
+    faults = pc.add(pc.list_value_length(spans["errors"]), pc.list_value_length(spans["gaps"]))
+    whole = pc.and_(whole, pc.and_(pc.equal(faults, 0), pc.invert(spans["quarantined"])))
+    spans = spans.filter(pc.and_(whole, pc.is_in(spans["video_id"], single)))
+    rows = rows.filter(pc.is_in(rows["content"], once))
+    told = ["content", "uri", "status", "quarantined", "start_s", "duration_s", "fps"]
+    found = ["video_id", "frames", "embedded", "last_pts_s", "decode_s", "encode_s"]
+    videos = rows.select(told).join(spans.select(found), "content", "video_id", "inner")
+    end_s = pc.add(videos["start_s"], videos["duration_s"])
+    found_s = pc.add(videos["last_pts_s"], pc.divide(1.0, videos["fps"]))
+    expected_s = pc.subtract(
+        pc.max_element_wise(end_s, found_s, skip_nulls=False), videos["start_s"]
+    )
+    allowed_s = pc.max_element_wise(2.0, pc.multiply(videos["duration_s"], 0.05))
+    allowed_s = pc.add(allowed_s, 1 / fps if fps else 0.0)
+    conditions = [
+        pc.equal(videos["status"], "ok"),
+        pc.invert(videos["quarantined"]),
+        pc.greater(videos["frames"], 0),
+        pc.greater(videos["fps"], 0.0),
+        pc.greater(videos["duration_s"], 0.0),
+        pc.greater_equal(expected_s, 0.0),
+        pc.less_equal(pc.subtract(end_s, videos["last_pts_s"]), allowed_s),
+    ]
+    sums = {"expected_s": expected_s, "indexed_s": expected_s}
+    columns = {n: sums[n] if n in sums else videos[n] for n in _SUMMED}
+    plain = pa.table({"video_id": videos["content"], "uri": videos["uri"], **columns})
+    return plain.filter(pc.fill_null(reduce(pc.and_, conditions), False))
+
+
 class Overview:
     """What there is to say of any number of videos: sums over them, how many embedded ones the index
     does not hold, and those to show, at most `most`: first the ones that are not indexed in full.
@@ -225,6 +268,19 @@ class Overview:
             self._shown.append(state)
             if self._most is not None and len(self._shown) > 2 * self._most:
                 self._shown = self.shown()
+
+    def add_sums(self, videos: pa.Table) -> None:
+        """Adds videos that are indexed in full without making states of them: `video_id` and what is
+        summed. They are not shown.
+        """
+        self.videos["total"] += videos.num_rows
+        self.videos["indexed"] += videos.num_rows
+        for name in _SUMMED:
+            self.sums[name] += pc.sum(videos[name]).as_py() or 0
+        ids = videos["video_id"].to_pylist() if self._in_index else []
+        missing = sum(video_id not in self._in_index for video_id in ids)
+        self.not_in_index += missing if self._in_index else videos.num_rows
+        self.listable += 0 if self._only_flawed else videos.num_rows
 
     def shown(self) -> list[VideoState]:
         """The videos to show, sorted by URI, those first that are not indexed in full."""

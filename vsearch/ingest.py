@@ -255,11 +255,20 @@ def _embed_missing(
     progress = Progress("embed", 0, sum(planned.values()), videos_total=len(planned))
     report(progress)
     unread: list[str] = []
-    for (table,) in together(tasks):
-        for start in range(0, table.num_rows, PORTION_TASKS):
-            portion = table.slice(start, PORTION_TASKS).to_pylist()
-            progress = _embed(corpus, portion, planned, progress, unread, limits, report, announce)
+    for portion in _portions(tasks):
+        progress = _embed(corpus, portion, planned, progress, unread, limits, report, announce)
     return progress, unread
+
+
+def _portions(tasks: Buckets) -> Iterator[list[dict[str, Any]]]:
+    held: list[dict[str, Any]] = []
+    for (table,) in together(tasks):
+        held += table.to_pylist()
+        while len(held) >= PORTION_TASKS:
+            yield held[:PORTION_TASKS]
+            held = held[PORTION_TASKS:]
+    if held:
+        yield held
 
 
 def _embed(
