@@ -1,9 +1,12 @@
 from io import StringIO
+from pathlib import Path
 
 import pytest
-from records import span, video_row
+from records import CONFIG, span, video_row
 from rich.console import Console
 
+from vsearch.cli import main
+from vsearch.corpus import Corpus
 from vsearch.coverage import Overview, VideoState, video_state
 from vsearch.show import STATUS_ROWS, coverage_line, index_line, print_videos
 
@@ -57,3 +60,17 @@ def test_one_line_says_whether_the_index_is_behind() -> None:
     )
     behind = index_line(Overview(found, index | {"frames": 10, "videos": frozenset({"w0"})}))
     assert "It is behind[/]: 1 embedded videos are not in it" in behind
+
+
+def test_a_damaged_corpus_is_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = Corpus(str(tmp_path))
+    corpus.require(CONFIG)
+    monkeypatch.setattr("sys.argv", ["vsearch", "verify", "--corpus", str(tmp_path)])
+    main()
+    corpus.write("frames/none.parquet", b"not Parquet")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "frames/none.parquet" in capsys.readouterr().err

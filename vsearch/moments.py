@@ -160,3 +160,12 @@ def _run(good: NDArray[np.bool_]) -> int:
     """How many of the first are good, without a break."""
     bad = np.flatnonzero(~good)
     return int(bad[0]) if len(bad) else len(good)
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03.4`, or `2:03.4` under an hour."""
+    tenths = round(max(0.0, seconds) * 10)
+    minutes, rest = divmod(tenths, 600)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{minutes:02d}:{rest / 10:04.1f}" if hours else f"{minutes}:{rest / 10:04.1f}"
+    return f"{hours}:{text}" if hours else text

@@ -22,7 +22,7 @@ from vsearch.config import DamagedIndexError, UserError
 from vsearch.corpus import Corpus
 from vsearch.filters import Filter, Seconds
 from vsearch.index import Index, Shard, one_thread
-from vsearch.moments import Stretch, grow
+from vsearch.moments import Stretch, clock, grow
 from vsearch.query import Term, compose, described, terms_of
 from vsearch.sizing import Setting
 from vsearch.snapshots import Snapshots
@@ -134,15 +134,6 @@ class Results(Sequence[Segment]):
         )
         head = "<tr><th>video<th>from<th>to<th>score</tr>"
         return f"<b>{html.escape(self.query)}</b><table>{head}{rows}</table>"
-
-
-def clock(seconds: float) -> str:
-    """`1:02:03.4`, or `2:03.4` under an hour."""
-    tenths = round(max(0.0, seconds) * 10)
-    minutes, rest = divmod(tenths, 600)
-    hours, minutes = divmod(minutes, 60)
-    text = f"{minutes:02d}:{rest / 10:04.1f}" if hours else f"{minutes}:{rest / 10:04.1f}"
-    return f"{hours}:{text}" if hours else text
 
 
 @dataclass(frozen=True)

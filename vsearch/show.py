@@ -134,7 +134,7 @@ def print_dry_run(summary: "ingest.IngestSummary", as_json: bool) -> None:
 
 def coverage_line(told: "Overview") -> str:
     """How many videos there are, how many of them are embedded in full, and what that is in sum."""
-    from vsearch.search import clock
+    from vsearch.moments import clock
 
     sums = told.sums
     parts = [f"{n} {name}" for name, n in told.videos.items() if n and name != "total"]
@@ -173,7 +173,7 @@ def print_videos(out: Console, told: "Overview") -> None:
 
 
 def _videos_table(states: "list[VideoState]") -> Table:
-    from vsearch.search import clock
+    from vsearch.moments import clock
 
     table = Table()
     for heading in ("video", "status", "indexed", "expected", "frames", "tries", "reason"):
@@ -195,7 +195,7 @@ def _videos_table(states: "list[VideoState]") -> Table:
 
 def results_table(results: "Results", folder: Path | None = None) -> Table:
     """The segments that answer a query; videos by their bare names if they lie in a `folder`."""
-    from vsearch.search import clock
+    from vsearch.moments import clock
 
     table = Table(
         title=f"“{escape(results.query)}”  ({results.took_ms:.0f} ms)", title_justify="left"
