@@ -187,6 +187,12 @@ def run(corpus: str, parts: int, versions: list[str], truth: Figures, arguments:
         took_s = time.monotonic() - began
     ray.shutdown()  # the proxy would stay at its port
     verdicts = Counter(verdict(reply, truth) for reply in replies)
+    wrong = [
+        {"asked": queries[reply.sentence], "given": reply.body, "wanted": wanted[:LIMIT]}
+        for reply in replies
+        if reply.body and verdict(reply, truth) == "wrong"
+        for wanted in [truth[reply.body["snapshot"]][reply.sentence]]
+    ]
     named = Counter(reply.body["snapshot"] for reply in replies if reply.body)
     steps: dict[str, list[float]] = {"answer, as the client sees it": []}
     for reply in replies:
@@ -202,6 +208,7 @@ def run(corpus: str, parts: int, versions: list[str], truth: Figures, arguments:
         "events": [name for name, _ in events],
         "replies": dict(verdicts),
         "snapshots": dict(named),
+        "wrong": wrong,
         "ms": {
             name: {f"p{q}": round(float(np.percentile(values, q)), 2) for q in LATENCIES}
             for name, values in steps.items()
