@@ -29,7 +29,7 @@ class Buckets:
         self._held: list[pa.Table] = []
         self._held_rows = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._runs: list[pa.RecordBatchFileReader] = []
+        self._runs: list[Path] = []
 
     def add(self, table: pa.Table) -> None:
         """Takes rows of the schema."""
@@ -64,12 +64,15 @@ class Buckets:
         ):
             for start, end in zip([0, *ends], ends, strict=False):
                 run.write_batch(rows.slice(start, end - start))
-        self._runs.append(pa.ipc.open_file(pa.memory_map(str(path))))
+        self._runs.append(path)
         self._held, self._held_rows = [], 0
 
     def bucket(self, number: int) -> pa.Table:
         """The rows of one of the `BUCKETS` buckets of a table that is all on disk."""
-        batches = [run.get_batch(number) for run in self._runs]
+        batches = []
+        for path in self._runs:  # opened each time: there may be more than a process may hold open
+            with pa.OSFile(str(path)) as file:
+                batches.append(pa.ipc.open_file(file).get_batch(number))
         return pa.Table.from_batches(batches, self.schema)
 
 

@@ -402,7 +402,7 @@ class Corpus:
         """
         marks = {name: mark for name, mark in self._marks().items() if mark}
         known: set[str] = set()
-        for table in self._tables("spans", SPANS):
+        for table in self._tables("spans", pa.schema([SPANS.field("file"), SPANS.field("mark")])):
             known |= _still_true(table, marks, known)[1]
         footers = mapped(
             partial(self._footer, marks), (name for name in marks if name not in known), READERS

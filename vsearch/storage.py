@@ -247,7 +247,7 @@ def mapped(function: Callable[[A], T], items: Iterable[A], threads: int) -> Iter
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) >= 2 * threads:
+            if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
