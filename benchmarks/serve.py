@@ -40,7 +40,8 @@ from vsearch.snapshots import Snapshots
 CONSOLE = Console(stderr=True, width=160)
 SHARD_FRAMES = 4096
 LIMIT = 12
-DEEP = 100
+DEEP = 1000
+"""More than there are: what one part alone gives may be far down in the whole answer."""
 MODES = {"one process": 1, "4 parts": 4}
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
 THINGS = ("a car", "a house", "a tree", "a boat", "a star", "a ball", "a dog", "a person", "a bird")
