@@ -708,6 +708,9 @@ def _ray_job(document: Any) -> None:
     require(0 <= spec["backoffLimit"] <= 3, "each retry is a new cluster")
     equal(check_script(spec["entrypoint"]), 1)
     require(spec["entrypoint"].split()[1] == document["metadata"]["name"], "another job's name")
+    for group in spec["rayClusterSpec"]["workerGroupSpecs"]:
+        if group["groupName"] == "embed":  # from zero only what is asked for comes
+            require(f"--gpus {group['maxReplicas']}" in spec["entrypoint"], "GPUs are not asked for")
     notes = spec["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]["annotations"]
     equal(notes["cluster-autoscaler.kubernetes.io/safe-to-evict"], "false")
     _ray_cluster(document, spec["rayClusterSpec"])
