@@ -710,7 +710,9 @@ def _ray_job(document: Any) -> None:
     require(spec["entrypoint"].split()[1] == document["metadata"]["name"], "another job's name")
     for group in spec["rayClusterSpec"]["workerGroupSpecs"]:
         if group["groupName"] == "embed":  # from zero only what is asked for comes
-            require(f"--gpus {group['maxReplicas']}" in spec["entrypoint"], "GPUs are not asked for")
+            require(
+                f"--gpus {group['maxReplicas']}" in spec["entrypoint"], "GPUs are not asked for"
+            )
     notes = spec["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]["annotations"]
     equal(notes["cluster-autoscaler.kubernetes.io/safe-to-evict"], "false")
     _ray_cluster(document, spec["rayClusterSpec"])
@@ -1031,7 +1033,8 @@ def _known_variable(name: str) -> bool:
         return True
     if name.startswith("UV_"):
         return name in uv_words("sync")
-    package = {"RAY": "ray", "HF": "huggingface_hub", "AWS": "botocore"}.get(name.partition("_")[0])
+    packages = {"RAY": "ray", "HF": "huggingface_hub", "AWS": "botocore", "VSEARCH": "vsearch"}
+    package = packages.get(name.partition("_")[0])
     if package is None:
         return False
     spec = importlib.util.find_spec(package)
