@@ -1,19 +1,27 @@
-"""`ray job submit` of the three jobs, against a head of our own, gives the corpus that the commands
-give."""
+"""Against a head of our own: `ray job submit` of the three jobs gives the corpus that the commands give;
+`serve deploy` of our config gives the service."""
 
+import json
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
 import pytest
+import yaml
+from archive import add_video
 from gate import gate_before
-from head import RAY, Head, ray_head
+from head import PYTHON, RAY, Head, free_ports, ray_head
+from test_build_index import build
 
 import vsearch
 from vsearch.corpus import Corpus, newest_projector
 from vsearch.demo.world import make_world
+from vsearch.keys import add_key
 
 pytestmark = pytest.mark.long
 REPOSITORY = Path(__file__).parent.parent
@@ -87,3 +95,51 @@ def test_a_failing_job_says_why_and_fails(head, tmp_path):
     done = submit(head, sys.executable, "jobs/build_index.py", "--corpus", str(tmp_path / "none"))
     assert done.returncode != 0
     assert "There is no corpus at" in done.stdout + done.stderr
+
+
+def test_the_service_is_deployed_from_its_config(head, tmp_path):
+    corpus = Corpus(str(tmp_path / "corpus"))
+    for number in range(3):
+        add_video(corpus, f"v{number}")
+    build(corpus)
+    key = add_key(tmp_path / "keys.json", "test")
+    config = yaml.safe_load((REPOSITORY / "cluster" / "serve.yaml").read_text())
+    [port] = free_ports(1)
+    config["http_options"]["port"] = port
+    [application] = config["applications"]
+    application["args"] |= {"corpus": corpus.url, "keys": str(tmp_path / "keys.json")}
+    [gateway] = application["deployments"]
+    gateway["autoscaling_config"] |= {
+        "min_replicas": 1,
+        "initial_replicas": 1,
+    }  # here are two cores
+    gateway["ray_actor_options"] = {"num_cpus": 1}
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(config))
+
+    def serve(*words: str) -> None:
+        done = subprocess.run(
+            [str(PYTHON / "serve"), *words, "--address", head.address],
+            env=head.environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def get(path: str, headers: dict[str, str]) -> bytes:
+        asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            return answer.read()
+
+    serve("deploy", str(file))
+    try:
+        for _ in range(120):
+            with suppress(URLError, OSError):
+                get("/readyz", {})
+                break
+            time.sleep(1)
+        found = json.loads(get("/v1/search?q=a+boat&limit=3", {"Authorization": f"Bearer {key}"}))
+        expected = vsearch.open(corpus.url).search("a boat", 3)
+        assert found["segments"] == [segment.to_dict() for segment in expected] != []
+        with pytest.raises(HTTPError, match="401"):
+            get("/v1/search?q=a+boat", {})
+    finally:
+        serve("shutdown", "-y")
