@@ -239,6 +239,34 @@ def figures_table(figures: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
+def judged_table(report: dict[str, Any]) -> Table:
+    """The metrics of another system's answers, by the length of the true windows."""
+    shown = {
+        "queries": ("queries",), "mAP": ("MR-mAP", "average"), "mAP@0.5": ("MR-mAP", "0.5"),
+        "mAP@0.75": ("MR-mAP", "0.75"), "R1@0.5": ("MR-R1", "0.5"), "R1@0.7": ("MR-R1", "0.7"),
+        "R5@0.5": ("MR-R5", "0.5"), "NDCG@10": ("MR-NDCG@10", "0.5"),
+        "error (s)": ("MR-boundary-error-s",),
+    }  # fmt: skip
+    table = Table(title="Moments by the rules of QVHighlights (%)", title_justify="left")
+    for heading in ("windows", *shown):
+        table.add_column(heading, justify="left" if heading == "windows" else "right")
+    for name in ("full", "long", "middle", "short"):
+        figures, bounds = report[name], report["intervals"][name]
+        table.add_row(
+            name, *(_figure_cell(_at(figures, p), _at(bounds, p)) for p in shown.values())
+        )
+    table.caption = _bootstrap_line(report["bootstrap"])
+    return table
+
+
+def _at(figures: dict[str, Any], path: tuple[str, ...]) -> Any:
+    """What stands at a path of names, None if nothing does."""
+    found: Any = figures
+    for name in path:
+        found = found.get(name) if found else None
+    return found
+
+
 def _figure_cell(value: float | None, bounds: list[float] | None) -> str:
     """A figure, and below it its interval."""
     if value is None:
