@@ -106,9 +106,9 @@ def score(queries: Sequence[Query], answers: Sequence[Answers]) -> dict[str, flo
     the strongest answer's strength separates queries that have an answer from those that have none; it
     is there when both kinds are.
     """
-    values = _figures(queries, answers)(np.ones(len(queries)))
+    values = _figures(queries, answers)(np.ones((1, len(queries))))
     figures: dict[str, float] = {"queries": len(queries)}
-    *means, separation = values.tolist()
+    *means, separation = values[0].tolist()
     figures |= {
         name: round(0.0 if np.isnan(v) else v, 4) for name, v in zip(MEANS, means, strict=True)
     }
@@ -130,12 +130,16 @@ def intervals(queries: Sequence[Query], answers: Sequence[Answers]) -> dict[str,
 
 
 def _figures(queries: Sequence[Query], answers: Sequence[Answers]) -> Callable[[Floats], Floats]:
-    """MEANS and AUROC (6,), as a function of how often each query is there; NaN where there is none."""
+    """MEANS and AUROC (draws, 6), as a function of how often each query is there (draws, queries); NaN
+    where there is none.
+    """
     values = [_values(q, a) for q, a in zip(queries, answers, strict=True)]
     means = scoring.means(np.array(values).reshape(-1, len(MEANS)))
     top = np.array([max((s for _, s in a), default=-1.0) for a in answers])
     answered = np.array([bool(q.moments) for q in queries])
-    return lambda counts: np.append(means(counts), scoring.auroc(top, answered, counts))
+    return lambda draws: np.column_stack(
+        [means(draws), [scoring.auroc(top, answered, counts) for counts in draws]]
+    )
 
 
 def _values(query: Query, answer: Answers) -> list[float]:

@@ -13,6 +13,7 @@ Bools = NDArray[np.bool_]
 LEVEL = 0.95
 RESAMPLES = 1000
 SEED = 0
+DRAWS_AT_ONCE = 50
 BOOTSTRAP = {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED, "over": "queries"}
 """How intervals are made, as reports state it."""
 
@@ -93,8 +94,8 @@ def auroc(strength: Floats, positive: Bools, counts: Floats) -> float:
 
 
 def means(values: Floats) -> Callable[[Floats], Floats]:
-    """The mean (figures,) of values (queries, figures) without NaN, as a function of how often each
-    query is there (queries,).
+    """The mean (…, figures) of values (queries, figures) without NaN, as a function of how often each
+    query is there (…, queries).
     """
     known = ~np.isnan(values)
     filled, weight = np.where(known, values, 0.0), known.astype(float)
@@ -102,21 +103,25 @@ def means(values: Floats) -> Callable[[Floats], Floats]:
 
 
 def bootstrap(figures: Callable[[Floats], Floats], queries: int) -> Floats:
-    """Percentile intervals (2, figures): lower and upper bounds. `figures` gives (figures,) for how
-    often each query is drawn (queries,); a resample that leaves a figure NaN does not count for it.
+    """Percentile intervals (2, figures): lower and upper bounds. `figures` gives (draws, figures) for
+    how often each query is drawn (draws, queries); a draw that leaves a figure NaN does not count for
+    it.
     """
     rng = np.random.default_rng(SEED)
-    drawn = np.array(
-        [
-            figures(np.bincount(draw, minlength=queries).astype(np.float64))
-            for draw in (rng.integers(queries, size=queries) for _ in range(RESAMPLES))
-        ]
+    drawn = np.concatenate(
+        [figures(_counts(rng, DRAWS_AT_ONCE, queries)) for _ in range(RESAMPLES // DRAWS_AT_ONCE)]
     )
     known = ~np.isnan(drawn).all(axis=0)
     bounds = np.full((2, drawn.shape[1]), np.nan)
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     bounds[:, known] = np.nanquantile(drawn[:, known], tails, axis=0)
     return bounds
+
+
+def _counts(rng: np.random.Generator, draws: int, queries: int) -> Floats:
+    """How often each query is there (draws, queries) if as many are drawn as there are."""
+    drawn = rng.integers(queries, size=(draws, queries))
+    return np.array([np.bincount(row, minlength=queries) for row in drawn], np.float64)
 
 
 def _share(part: Floats, whole: Floats | NDArray[np.int64]) -> Floats:
