@@ -190,6 +190,7 @@ def test_a_figure_that_no_query_concerns_has_no_interval() -> None:
     nothing, something = Query("a", ()), Query("b", (at(0, 1),))
     assert intervals([nothing], [[]]) == {}
     assert set(intervals([something], [[]])) == {*MEANS}
+    assert score([], []) == {"queries": 0} | dict.fromkeys(MEANS, 0.0)
 
 
 GOOD = {"query": "a cat", "moments": [{"video": "a.mp4", "start_s": 1, "end_s": 2.5}]}

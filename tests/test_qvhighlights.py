@@ -292,6 +292,7 @@ def test_without_saliency_on_both_sides_there_are_no_highlights(judged) -> None:
     [
         ("{not json", "Expecting property name"),
         ("[]", "not an object"),
+        ("[" * 100_000, "recursion"),
         ('{"pred_relevant_windows": []}', "qid must be"),
         ('{"qid": null, "pred_relevant_windows": []}', "qid must be"),
         ('{"qid": true, "pred_relevant_windows": []}', "qid must be"),
@@ -322,7 +323,7 @@ def test_a_wrong_prediction_is_named(tmp_path: Path, line: str, why: str) -> Non
         ({"relevant_windows": None}, "relevant_windows must be a list"),
         ({"relevant_windows": [[0, 1, 2]]}, "lists of 2 numbers"),
         ({"relevant_windows": [[3, 3]]}, "does not end after its start"),
-        ({"duration": None}, "duration must be a list of numbers"),
+        ({"duration": None}, "duration must be a number"),
         ({"duration": 1}, "shorter than a clip"),
         ({"relevant_clip_ids": None}, "relevant_clip_ids must be"),
         ({"relevant_clip_ids": [1, 4]}, "whole numbers from 0 to 3"),

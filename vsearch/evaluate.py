@@ -136,7 +136,7 @@ def _figures(queries: Sequence[Query], answers: Sequence[Answers]) -> Callable[[
     values = [_values(q, a) for q, a in zip(queries, answers, strict=True)]
     means = scoring.means(np.array(values).reshape(-1, len(MEANS)))
     top = np.array([max((s for _, s in a), default=-1.0) for a in answers])
-    answered = np.array([bool(q.moments) for q in queries])
+    answered = np.array([bool(q.moments) for q in queries], bool)
     return lambda draws: np.column_stack(
         [means(draws), [scoring.auroc(top, answered, counts) for counts in draws]]
     )

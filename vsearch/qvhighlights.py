@@ -14,7 +14,7 @@ window reaches an IoU of 0.5.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from vsearch.scoring import Floats
 
 Name = tuple[str, ...]
 """Where a figure stands in the report."""
+Line = tuple[Floats, Floats | None]
+"""Windows, and what the line says of highlights."""
 
 THRESHOLDS = np.array([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95])
 RANGES = {"full": (-math.inf, math.inf), "long": (30, 150), "middle": (10, 30), "short": (0, 10)}
@@ -192,7 +194,7 @@ def _report(flat: Mapping[Name, Any]) -> dict[str, Any]:
     return {"brief": brief} | dict(sorted(nested.items()))
 
 
-def _read(path: str, parse: Any) -> dict[Any, Any]:
+def _read(path: str, parse: Callable[[dict[str, Any]], Line]) -> dict[int | str, Line]:
     """What `parse` makes of each line's object, by qid."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -200,7 +202,7 @@ def _read(path: str, parse: Any) -> dict[Any, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8.") from error
-    found: dict[Any, Any] = {}
+    found: dict[int | str, Line] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -214,14 +216,14 @@ def _read(path: str, parse: Any) -> dict[Any, Any]:
             if qid in found:
                 raise ValueError(f"qid {qid!r} is there twice")
             found[qid] = parse(entry)
-        except (ValueError, OverflowError) as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             raise UserError(f"Line {number} of {path} cannot be used: {error}.") from error
     if not found:
         raise UserError(f"{path} holds no queries.")
     return found
 
 
-def _prediction(entry: dict[str, Any]) -> tuple[Floats, Floats | None]:
+def _prediction(entry: dict[str, Any]) -> Line:
     """Windows (k, 3) and the saliency of the clips, if it is there."""
     windows = _numbers(entry, "pred_relevant_windows", 3)
     if "pred_saliency_scores" not in entry:
@@ -232,7 +234,7 @@ def _prediction(entry: dict[str, Any]) -> tuple[Floats, Floats | None]:
     return windows, saliency
 
 
-def _annotation(entry: dict[str, Any]) -> tuple[Floats, Floats | None]:
+def _annotation(entry: dict[str, Any]) -> Line:
     """Windows (n, 2) and the marks (clips, 3) of the whole video, if they are there."""
     windows = _numbers(entry, "relevant_windows", 2)
     if not len(windows):
@@ -241,7 +243,9 @@ def _annotation(entry: dict[str, Any]) -> tuple[Floats, Floats | None]:
         raise ValueError("a window of relevant_windows does not end after its start")
     if "saliency_scores" not in entry:
         return windows, None
-    duration_s = _numbers({"duration": [entry.get("duration")]}, "duration")[0]
+    duration_s = entry.get("duration")
+    if not isinstance(duration_s, int | float) or not math.isfinite(duration_s):
+        raise ValueError("duration must be a number")
     clips = _numbers(entry, "relevant_clip_ids")
     marks = np.zeros((max(0, int(duration_s / CLIP_S)), ANNOTATORS))
     if not len(marks):
@@ -270,7 +274,7 @@ def _numbers(entry: dict[str, Any], name: str, width: int | None = None) -> Floa
     return np.array(given, float).reshape(-1, width) if width else np.array(given, float)
 
 
-def _check_same(asked: list[Any], there: set[Any], lacks: str, of: str) -> None:
+def _check_same(asked: list[int | str], there: set[int | str], lacks: str, of: str) -> None:
     missing = [qid for qid in asked if qid not in there]
     if missing:
         named = ", ".join(repr(qid) for qid in missing[:NAMED])
