@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from vsearch.config import UserError
 from vsearch.evaluate import (
     ANSWERS,
+    MEANS,
     Moment,
     Query,
     average_precision,
     claims,
     evaluate,
+    intervals,
     read_queries,
     score,
     temporal_iou,
@@ -160,6 +162,35 @@ def test_evaluate_asks_every_query_and_scores_groups_apart() -> None:
     assert {group: figures["mAP"] for group, figures in result["groups"].items()} == {
         "animals": 0.5
     }
+    assert result["bootstrap"] == {
+        "level": 0.95,
+        "resamples": 1000,
+        "seed": 0,
+        "over": "queries",
+    }
+    assert result["intervals"]["R1@0.5"] == [0, 1]
+    assert set(result["groups"]["animals"]["intervals"]) == {*MEANS}
+
+
+def test_each_figure_lies_in_its_interval() -> None:
+    queries = [Query(str(n), (at(0, 10),) if n % 4 else ()) for n in range(80)]
+    answers = [
+        [(at(0, 10 if n % 3 else 30), 0.9 if n % 5 else 0.2), (at(0, 9), 0.1)] for n in range(80)
+    ]
+    figures, bounds = score(queries, answers), intervals(queries, answers)
+    assert set(bounds) == {*MEANS, "AUROC"} == set(figures) - {"queries"}
+    for name, (low, high) in bounds.items():
+        assert low <= figures[name] <= high
+    assert 0 < bounds["R1@0.5"][0] < bounds["R1@0.5"][1] < 1
+    assert 0 < bounds["AUROC"][0] < bounds["AUROC"][1] < 1
+    assert bounds["R5@0.7"] == [1, 1]
+
+
+def test_a_figure_that_no_query_concerns_has_no_interval() -> None:
+    nothing, something = Query("a", ()), Query("b", (at(0, 1),))
+    assert intervals([nothing], [[]]) == {}
+    assert set(intervals([something], [[]])) == {*MEANS}
+    assert score([], []) == {"queries": 0} | dict.fromkeys(MEANS, 0.0)
 
 
 GOOD = {"query": "a cat", "moments": [{"video": "a.mp4", "start_s": 1, "end_s": 2.5}]}

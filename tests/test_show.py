@@ -1,5 +1,6 @@
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from records import CONFIG, span, video_row
@@ -8,7 +9,8 @@ from rich.console import Console
 from vsearch.cli import main
 from vsearch.corpus import Corpus
 from vsearch.coverage import Overview, VideoState, video_state
-from vsearch.show import STATUS_ROWS, coverage_line, index_line, print_videos
+from vsearch.evaluate import Moment, Query, evaluate
+from vsearch.show import STATUS_ROWS, coverage_line, figures_table, index_line, print_videos
 
 
 def states(whole: int, half: int) -> list[VideoState]:
@@ -74,3 +76,26 @@ def test_a_damaged_corpus_is_exit_code_1(
         main()
     assert ended.value.code == 1
     assert "frames/none.parquet" in capsys.readouterr().err
+
+
+def test_figures_stand_above_their_intervals() -> None:
+    queries = [Query(str(n), (Moment("a.mp4", 0, 10),), "seen" if n < 4 else "") for n in range(8)]
+
+    def search(text: str, limit: int) -> list[SimpleNamespace]:
+        end_s = 10 if int(text) % 2 else 6
+        return [SimpleNamespace(video="/films/a.mp4", start_s=0, end_s=end_s, score=1)]
+
+    figures = evaluate(search, queries)
+    out = Console(file=StringIO(), width=160)
+    out.print(figures_table({"projected": figures}))
+    rows = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in out.file.getvalue().splitlines()
+        if line.startswith("│")
+    ]
+    low, high = figures["intervals"]["R1@0.7"]
+    assert 0 < low < 0.5 < high < 1
+    assert rows[0] == ["projected", "all", "8", "1", "0.5", "1", "1", ""]
+    assert rows[1] == ["", "", "", "1 … 1", f"{low:g} … {high:g}", "1 … 1", "1 … 1", ""]
+    assert rows[2] == ["", "seen", "4", "1", "0.5", "1", "1", ""]
+    assert "95% interval by bootstrap over queries" in out.file.getvalue()

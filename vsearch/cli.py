@@ -35,6 +35,7 @@ from vsearch.show import (
     figures_table,
     index_line,
     index_summary_line,
+    judged_table,
     plan_table,
     print_dry_run,
     print_videos,
@@ -791,22 +792,56 @@ def _cut_out(results: "Results", engine: "Engine", folder: Path) -> None:
 @app.command()
 def evaluate(
     queries: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--queries", help='JSONL: {"query", "moments": [{"video", "start_s", "end_s"}]}.'
         ),
-    ],
+    ] = None,
     corpus: CorpusOption = DEFAULT_CORPUS,
     snapshot: Annotated[
         str | None,
         typer.Option("--snapshot", help="A version of the index; the current one without."),
     ] = None,
+    predictions: Annotated[
+        str | None,
+        typer.Option(
+            "--predictions",
+            help="Another system's answers, JSONL with qid and pred_relevant_windows, each of start, "
+            "end and score.",
+        ),
+    ] = None,
+    truth: Annotated[
+        str | None,
+        typer.Option(
+            "--truth",
+            help="Their truth, JSONL with qid and relevant_windows, each of start and end.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure retrieval on sentences whose true moments are known.
+    """Measure retrieval on sentences whose true moments are known, with 95 % intervals.
 
-    Example: [bold]vsearch evaluate --queries truth.jsonl --corpus ./corpus[/]
+    With --queries a corpus is asked. With --predictions and --truth the answers of any system are judged
+    by the rules of QVHighlights, in its formats; no corpus is needed.
+
+    Examples:
+
+    [bold]vsearch evaluate --queries truth.jsonl --corpus ./corpus[/]
+
+    [bold]vsearch evaluate --predictions submission.jsonl --truth highlight_val_release.jsonl --json[/]
     """
+    if predictions is not None and truth is not None and queries is None:
+        from vsearch.qvhighlights import judge, read_cases
+
+        report = judge(read_cases(predictions, truth))
+        if as_json:
+            emit(report)
+        else:
+            Console().print(judged_table(report))
+        return
+    if queries is None or predictions is not None or truth is not None:
+        raise UserError("Give either --queries, or both of --predictions and --truth.")
+
     import vsearch
     from vsearch.evaluate import evaluate as run
     from vsearch.evaluate import read_queries

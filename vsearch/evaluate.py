@@ -3,7 +3,7 @@
 The rule, that of corpus-level moment retrieval with QVHighlights' average precision: an answer is
 right if it lies in the right video and its temporal IoU with a true moment reaches the threshold;
 each true moment can be claimed once, by the strongest answer that reaches it; average precision is
-divided by the number of true moments.
+divided by the number of true moments. Intervals are by bootstrap over the queries.
 """
 
 import json
@@ -14,10 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from vsearch import scoring
 from vsearch.config import UserError
+from vsearch.scoring import Floats
 
 ANSWERS = 50
 """How many segments a query is answered with when it is judged."""
+RECALLS = ((1, 0.5), (1, 0.7), (5, 0.5), (5, 0.7))
+MEANS = (*(f"R{k}@{iou}" for k, iou in RECALLS), "mAP")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Query:
     text: str
     moments: tuple[Moment, ...]
     group: str = ""
+
+
+Answers = Sequence[tuple[Moment, float]]
+"""What a query was answered: moments with their strengths, strongest first."""
 
 
 def read_queries(path: str) -> list[Query]:
@@ -93,37 +101,62 @@ def average_precision(right: Sequence[bool], moments: int) -> float:
     return float(sum(hits[i] / (i + 1) for i, r in enumerate(right) if r) / moments)
 
 
-def score(
-    queries: Sequence[Query], answers: Sequence[Sequence[tuple[Moment, float]]]
-) -> dict[str, float]:
-    """The figures for answers (moment, strength), strongest first, to each of the queries. `mAP` is
-    at IoU 0.5. `AUROC` tells how well the strongest answer's strength separates queries that have an
-    answer from those that have none; it is there when both kinds are.
+def score(queries: Sequence[Query], answers: Sequence[Answers]) -> dict[str, float]:
+    """The figures for the answers to each of the queries. `mAP` is at IoU 0.5. `AUROC` tells how well
+    the strongest answer's strength separates queries that have an answer from those that have none; it
+    is there when both kinds are.
     """
-    asked = [(q, [m for m, _ in a]) for q, a in zip(queries, answers, strict=True) if q.moments]
+    values = _figures(queries, answers)(np.ones((1, len(queries))))
     figures: dict[str, float] = {"queries": len(queries)}
-    for k, iou in ((1, 0.5), (1, 0.7), (5, 0.5), (5, 0.7)):
-        found = [any(claims(a[:k], q.moments, iou)) for q, a in asked]
-        figures[f"R{k}@{iou}"] = _mean(found)
-    figures["mAP"] = _mean(
-        [average_precision(claims(a, q.moments, 0.5), len(q.moments)) for q, a in asked]
-    )
-    top = [max((s for _, s in a), default=-1.0) for a in answers]
-    with_answer = np.array([s for q, s in zip(queries, top, strict=True) if q.moments])
-    without = np.array([s for q, s in zip(queries, top, strict=True) if not q.moments])
-    if len(with_answer) and len(without):
-        above = (with_answer[:, None] > without).mean() + 0.5 * (
-            with_answer[:, None] == without
-        ).mean()
-        figures["AUROC"] = round(float(above), 4)
+    *means, separation = values[0].tolist()
+    figures |= {
+        name: round(0.0 if np.isnan(v) else v, 4) for name, v in zip(MEANS, means, strict=True)
+    }
+    if not np.isnan(separation):
+        figures["AUROC"] = round(separation, 4)
     return figures
+
+
+def intervals(queries: Sequence[Query], answers: Sequence[Answers]) -> dict[str, list[float]]:
+    """Lower and upper bound of each figure of `score`, by bootstrap over the queries, as
+    `scoring.BOOTSTRAP` states. A figure that no query concerns has none.
+    """
+    bounds = scoring.bootstrap(_figures(queries, answers), len(queries))
+    return {
+        name: [round(low, 4), round(high, 4)]
+        for name, low, high in zip((*MEANS, "AUROC"), *bounds.tolist(), strict=True)
+        if not np.isnan(low)
+    }
+
+
+def _figures(queries: Sequence[Query], answers: Sequence[Answers]) -> Callable[[Floats], Floats]:
+    """MEANS and AUROC (draws, 6), as a function of how often each query is there (draws, queries); NaN
+    where there is none.
+    """
+    values = [_values(q, a) for q, a in zip(queries, answers, strict=True)]
+    means = scoring.means(np.array(values).reshape(-1, len(MEANS)))
+    top = np.array([max((s for _, s in a), default=-1.0) for a in answers])
+    answered = np.array([bool(q.moments) for q in queries], bool)
+    return lambda draws: np.column_stack(
+        [means(draws), [scoring.auroc(top, answered, counts) for counts in draws]]
+    )
+
+
+def _values(query: Query, answer: Answers) -> list[float]:
+    """MEANS of one query, NaN if nothing matches it."""
+    if not query.moments:
+        return [np.nan] * len(MEANS)
+    found = [moment for moment, _ in answer]
+    recalls = [float(any(claims(found[:k], query.moments, iou))) for k, iou in RECALLS]
+    right = claims(found, query.moments, 0.5)
+    return [*recalls, average_precision(right, len(query.moments))]
 
 
 def evaluate(
     search: Callable[[str, int], Sequence[Any]], queries: Sequence[Query]
 ) -> dict[str, Any]:
     """Asks every query and scores the answers; `search(text, limit)` gives segments. Queries that
-    carry a group are scored by group as well, under `groups`.
+    carry a group are scored by group as well, under `groups`. Each has its `intervals`.
     """
     answers = []
     for query in queries:
@@ -131,11 +164,11 @@ def evaluate(
         answers.append(
             [(Moment(Path(s.video).name, s.start_s, s.end_s), float(s.score)) for s in found]
         )
-    result: dict[str, Any] = score(queries, answers)
+    result = _judged(queries, answers) | {"bootstrap": scoring.BOOTSTRAP}
     groups = sorted({query.group for query in queries if query.group})
     if groups:
         result["groups"] = {
-            group: score(
+            group: _judged(
                 [q for q in queries if q.group == group],
                 [a for q, a in zip(queries, answers, strict=True) if q.group == group],
             )
@@ -144,5 +177,5 @@ def evaluate(
     return result
 
 
-def _mean(values: Sequence[float | bool]) -> float:
-    return round(float(np.mean(values)), 4) if values else 0.0
+def _judged(queries: Sequence[Query], answers: Sequence[Answers]) -> dict[str, Any]:
+    return {**score(queries, answers), "intervals": intervals(queries, answers)}

@@ -224,7 +224,7 @@ def clip_line(done: "Cut") -> str:
 
 
 def figures_table(figures: dict[str, dict[str, Any]]) -> Table:
-    """The metrics of `evaluate`, by space and by group of sentences."""
+    """The metrics of `evaluate`, by space and by group of sentences, with their intervals."""
     names = ["queries", "R1@0.5", "R1@0.7", "R5@0.5", "mAP", "AUROC"]
     table = Table(title="Retrieval against the known truth", title_justify="left")
     for heading in ("space", "sentences", *names):
@@ -233,9 +233,53 @@ def figures_table(figures: dict[str, dict[str, Any]]) -> Table:
         rows = {"all": figure, **figure.get("groups", {})}
         for group, values in rows.items():
             if group != "nothing":
-                cells = [f"{values[n]:g}" if n in values else "" for n in names]
+                cells = [_figure_cell(values.get(n), values["intervals"].get(n)) for n in names]
                 table.add_row(space if group == "all" else "", group, *cells)
+        table.caption = _bootstrap_line(figure["bootstrap"])
     return table
+
+
+def judged_table(report: dict[str, Any]) -> Table:
+    """The metrics of another system's answers, by the length of the true windows."""
+    shown = {
+        "queries": ("queries",), "mAP": ("MR-mAP", "average"), "mAP@0.5": ("MR-mAP", "0.5"),
+        "mAP@0.75": ("MR-mAP", "0.75"), "R1@0.5": ("MR-R1", "0.5"), "R1@0.7": ("MR-R1", "0.7"),
+        "R5@0.5": ("MR-R5", "0.5"), "NDCG@10": ("MR-NDCG@10", "0.5"),
+        "error (s)": ("MR-boundary-error-s",),
+    }  # fmt: skip
+    table = Table(title="Moments by the rules of QVHighlights (%)", title_justify="left")
+    for heading in ("windows", *shown):
+        table.add_column(heading, justify="left" if heading == "windows" else "right")
+    for name in ("full", "long", "middle", "short"):
+        figures, bounds = report[name], report["intervals"][name]
+        table.add_row(
+            name, *(_figure_cell(_at(figures, p), _at(bounds, p)) for p in shown.values())
+        )
+    table.caption = _bootstrap_line(report["bootstrap"])
+    return table
+
+
+def _at(figures: dict[str, Any], path: tuple[str, ...]) -> Any:
+    """What stands at a path of names, None if nothing does."""
+    found: Any = figures
+    for name in path:
+        found = found.get(name) if found else None
+    return found
+
+
+def _figure_cell(value: float | None, bounds: list[float] | None) -> str:
+    """A figure, and below it its interval."""
+    if value is None:
+        return ""
+    return f"{value:g}" + (f"\n[dim]{bounds[0]:g} … {bounds[1]:g}[/]" if bounds else "")
+
+
+def _bootstrap_line(bootstrap: dict[str, Any]) -> str:
+    """How the intervals came about."""
+    return (
+        f"Below each figure: its {bootstrap['level']:.0%} interval by bootstrap over "
+        f"{bootstrap['over']} ({bootstrap['resamples']:,} resamples, seed {bootstrap['seed']})."
+    )
 
 
 def index_summary_line(summary: "build_index.IndexSummary") -> str:
