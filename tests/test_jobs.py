@@ -138,7 +138,11 @@ def test_the_service_is_deployed_from_its_config(head, tmp_path):
             time.sleep(1)
         found = json.loads(get("/v1/search?q=a+boat&limit=3", {"Authorization": f"Bearer {key}"}))
         expected = vsearch.open(corpus.url).search("a boat", 3)
-        assert found["segments"] == [segment.to_dict() for segment in expected] != []
+        assert found["segments"] == [
+            segment.to_dict() | {"score": pytest.approx(segment.score, abs=1e-5)}
+            for segment in expected
+        ]
+        assert len(expected) == 3
         with pytest.raises(HTTPError, match="401"):
             get("/v1/search?q=a+boat", {})
     finally:
