@@ -430,7 +430,8 @@ class Links:
 
     def start(self, role: str, address: str) -> None:
         """Starts a node of a role behind a cable of its own."""
-        name, number = f"vs-{role}", len(self._names) + 2
+        number = len(self._names) + 2
+        name = f"vs-{role}-{number}"
         self._names.append(name)
         ip("netns", "add", name)
         ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
@@ -451,7 +452,9 @@ class Links:
         self._started.append(subprocess.Popen(ray_start, stdout=nowhere, stderr=nowhere))
 
     def cut(self, role: str) -> None:
-        ip("link", "set", f"vs-{role}", "down")
+        """Cuts the cable of the first node of a role."""
+        name = next(name for name in self._names if name.startswith(f"vs-{role}-"))
+        ip("link", "set", name, "down")
 
     def take_down(self) -> None:
         for started in self._started:
