@@ -103,6 +103,13 @@ def test_gpus_that_are_yet_to_come_make_it_a_plan_for_gpus() -> None:
     assert "--gpus" in ingest_words(workers, plan_ingest(workers, Limits()), None)
 
 
+def test_where_nothing_is_up_yet_an_encoder_asks_for_what_it_needs() -> None:
+    for limits in (Limits(), Limits(gpus=2)):
+        plan = plan_ingest([HEAD], limits)
+        assert (plan.decoders, plan.encoders, plan.encoder_memory) == (1, 1, 3 * GIB)
+    assert plan_index([HEAD]).memory == GIB
+
+
 @given(MACHINES.filter(lambda node: node.cpus and not node.gpus))
 def test_on_one_machine_every_second_core_gets_an_encoder_if_the_memory_allows(
     node: Node,

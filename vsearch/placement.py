@@ -132,7 +132,7 @@ def _encoders_on_gpus(nodes: Sequence[Node], alive: int, most: int) -> IngestPla
 def _encoders_on_cores(nodes: Sequence[Node]) -> IngestPlan:
     fit = sum(min(node.cpus // 2, node.memory // EMBEDDER_MEMORY_BYTES) for node in nodes)
     encoders = max(1, fit)
-    largest = max((node.memory for node in nodes if node.works), default=0)
+    sizes = [node.memory for node in nodes if node.works] or [2 * EMBEDDER_MEMORY_BYTES]
     return IngestPlan(
         decoders=1,
         fewest_encoders=1 if len(nodes) > 1 else encoders,
@@ -141,7 +141,7 @@ def _encoders_on_cores(nodes: Sequence[Node]) -> IngestPlan:
         encoder_gpus=0,
         # No core is set aside: on what is left when a node goes away, they could take them all.
         encoder_cpus=0,
-        encoder_memory=min(EMBEDDER_MEMORY_BYTES, largest // 2),
+        encoder_memory=min(EMBEDDER_MEMORY_BYTES, max(sizes) // 2),
     )
 
 
@@ -159,7 +159,8 @@ class IndexPlan:
 
 def plan_index(nodes: Sequence[Node], gpus: int | None = None) -> IndexPlan:
     """The plan for the nodes that are alive: those for the index, where there are some. `gpus` is as in
-    `Limits`. What it asks for fits on every node that works, so that none is missed for good.
+    `Limits`. Each node that works has the cores and memory that a task asks for, so that whichever are
+    left can do them; only fitting the quantizer may need a large one.
     """
     working = [node for node in nodes if node.works and node.cpus]
     own = [node for node in working if node.role == "index"] or working
