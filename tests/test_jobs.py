@@ -1,4 +1,4 @@
-"""Against a head of our own: `ray job submit` of the three jobs gives the corpus that the commands give;
+"""Against a head of our own: `ray job submit` of the three jobs gives the corpus of `vsearch build`;
 `serve deploy` of our config gives the service."""
 
 import io
@@ -60,28 +60,24 @@ def contents(url: str) -> set[tuple[str, int, float, bytes, bytes]]:
     return rows
 
 
-def test_jobs_give_the_corpus_that_the_commands_give(head, tmp_path):
+def test_jobs_give_the_corpus_that_the_command_gives(head, tmp_path):
     world = tmp_path / "world"
     make_world(world, seed=3, videos=2, scenes_per_video=2)
-    by_job, by_command = str(tmp_path / "jobs"), str(tmp_path / "commands")
+    by_job, by_command = str(tmp_path / "jobs"), str(tmp_path / "command")
     python = sys.executable
-    jobs = [
-        ("jobs/ingest.py", str(world), "--models", "demo"),
-        ("jobs/train_projector.py",),
-        ("jobs/build_index.py",),
-    ]
-    commands = ["ingest", "train", "index"]
+    sources = (str(world), "--models", "demo")
+    jobs = [("ingest", *sources), ("train_projector",), ("build_index",)]
     packages: list[bytearray] = []
-    for (script, *options), command in zip(jobs, commands, strict=True):
+    for script, *options in jobs:
         with gate_before(head.address) as gate:
             gated = replace(head, address=gate.address)
-            done = submit(gated, python, script, *options, "--corpus", by_job)
+            done = submit(gated, python, f"jobs/{script}.py", *options, "--corpus", by_job)
         packages += [request for request in gate.sent if request.startswith(b"PUT /api/packages/")]
         assert done.returncode == 0, done.stdout + done.stderr
-        subprocess.run(
-            [python, "-m", "vsearch.cli", command, *options, "--corpus", by_command],
-            check=True, capture_output=True, timeout=300,
-        )  # fmt: skip
+    subprocess.run(
+        [python, "-m", "vsearch.cli", "build", *sources, "--corpus", by_command],
+        check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
     [package] = packages  # once
     names = zipfile.ZipFile(io.BytesIO(package.partition(b"\r\n\r\n")[2])).namelist()
     assert {"jobs", "vsearch"} == {name.partition("/")[0] for name in names if "/" in name}
