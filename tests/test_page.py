@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -581,22 +582,64 @@ def test_the_pointer_scrubs_through_a_moment(page: Page) -> None:
     assert all(start_s - 0.06 <= t <= end_s + 0.06 for t in at_s)
 
 
-def test_a_busy_service_is_asked_once_more(page: Page) -> None:
-    script = """
+@contextmanager
+def answered_by(page: Page, script: str) -> Iterator[None]:
+    """The page's searches go to the script's `answer(real, path, options)`; `real` is the service."""
+    script = f"""
         const real = window.fetch;
-        let refusals = 1;
-        window.fetch = (path, options) => (String(path).startsWith("v1/search") && refusals-- > 0
-          ? Promise.resolve(new Response("{}", { status: 429, headers: { "Retry-After": "1" } }))
-          : real(path, options));
+        {script}
+        window.fetch = (path, options) =>
+          String(path).startsWith("v1/search") ? answer(real, path, options) : real(path, options);
     """
     command = "Page.addScriptToEvaluateOnNewDocument"
     added = page.driver.execute_cdp_cmd(command, {"source": script})
     try:
+        yield
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+def test_a_busy_service_is_asked_once_more(page: Page) -> None:
+    script = """
+        let refusals = 1;
+        const answer = (real, path, options) => (refusals-- > 0
+          ? Promise.resolve(new Response("{}", { status: 429, headers: { "Retry-After": "1" } }))
+          : real(path, options));
+    """
+    with answered_by(page, script):
         page.open("?q=a+tree")
         until(lambda: "busy" in page.the("#count").text, "patience is not asked for")
         assert page.first()
-    finally:
-        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+def test_an_answer_without_a_part_of_the_index_says_so(page: Page) -> None:
+    script = """
+        const answer = async (real, path, options) => {
+          const found = await (await real(path, options)).json();
+          return Response.json({ ...found, partial: true, missing: ["part 2 of 4 is late"] });
+        };
+    """
+    with answered_by(page, script):
+        page.open("?q=a+tree")
+        assert page.first()
+        until(lambda: "part 2 of 4 is late" in page.the("#note").text, "nothing is said")
+    page.press("#note button")
+
+
+def test_what_was_found_can_be_taken_away_as_a_table(page: Page, tmp_path: Path) -> None:
+    where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+    shown = page.ask("a tree")
+    page.press("#export summary")
+    page.press("#export button[value=csv]")
+    file = tmp_path / "moments.csv"
+    until(file.exists, "no file comes")
+    with file.open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert [Path(row["video"]).name for row in rows] == [name for name, _, _ in shown]
+    for row, (_, start_s, end_s) in zip(rows, shown, strict=True):
+        times = (float(row["start_s"]), float(row["end_s"]))
+        assert times == pytest.approx((start_s, end_s), abs=0.5)
 
 
 def test_a_service_that_went_away_is_said_to_be_away(page: Page) -> None:
@@ -622,4 +665,8 @@ def test_a_key_is_asked_for_and_then_the_search_goes_on(page: Page, api_key: str
     page.type(api_key, Key.ENTER)
     assert page.first()
     assert page.run("return document.cookie") == ""  # scripts cannot read it
+    page.open()
+    page.press("#logout")
+    page.the("#key-input").send_keys(api_key, Key.ENTER)  # asked for again
+    assert page.the("#samples img")
     page.said()

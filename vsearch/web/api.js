@@ -89,6 +89,7 @@ const form = document.getElementById("key-form");
 const input = document.getElementById("key-input");
 const note = document.getElementById("key-note");
 const logout = document.getElementById("logout");
+logout.hidden = !localStorage.getItem("signed-in");  // the cookie itself is out of a script's sight
 let asking = null;
 
 /** Asks for the key, once for all who wait; tells whether the archive is open now. */
@@ -116,6 +117,7 @@ form.addEventListener("submit", async (event) => {
       body: JSON.stringify({ key: input.value }),
     });
     if (response.ok) {
+      localStorage.setItem("signed-in", "yes");
       logout.hidden = false;
       dialog.close("open");
       return;
@@ -133,6 +135,7 @@ document.getElementById("key-cancel").addEventListener("click", () => dialog.clo
 
 logout.addEventListener("click", async () => {
   await fetch("v1/logout", { method: "POST" });
+  localStorage.removeItem("signed-in");
   location.assign("./");
 });
 
