@@ -141,23 +141,27 @@ def test_every_colour_and_kind_occurs_in_and_out_of_training() -> None:
 def test_training_never_draws_a_held_out_pair() -> None:
     from vsearch.demo.train_models import draw_pictures
 
-    trained = [scene.pair for scene in draw_pictures(0, 300, 8, workers=1).scenes if scene.pair]
-    assert len(set(trained)) > 50
+    trained = {
+        (group.colour, group.kind)
+        for view in draw_pictures(0, 300, 8, workers=1).views
+        for group in view.groups
+    }
+    assert len(trained) > 50
     assert not any(held_out(*pair) for pair in trained)
-    judged = draw_pictures(0, 30, 8, unseen=True, workers=1).scenes
-    assert all(held_out(*scene.pair) for scene in judged)
+    judged = draw_pictures(0, 30, 8, unseen=True, workers=1).views
+    assert all(held_out(group.colour, group.kind) for view in judged for group in view.groups)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_what_is_said_of_a_scene_is_true(seed: int) -> None:
     rng = np.random.default_rng(seed)
     scene = sample_scene(rng, empty=seed % 5 == 0)
-    for mention in (full_mention(scene), random_mention(scene, rng)):
-        assert mention.matches(scene)
+    for mention in (full_mention(scene.view(0)), random_mention(scene.view(0), rng)):
+        assert mention.matches(scene.view(0))
         text = sentence(mention, rng)
         assert "{" not in text and "  " not in text and text == text.strip()
     other = replace(scene, setting=next(s for s in SETTINGS if s != scene.setting))
-    assert not full_mention(scene).matches(other)
+    assert not full_mention(scene.view(0)).matches(other.view(0))
 
 
 def test_sentences_have_the_words_asked_for() -> None:
