@@ -262,6 +262,27 @@ def _on_grid(event: Event, fps: int) -> Event:
     return replace(event, start_s=start_s, end_s=end_s)
 
 
+def opposite(name: str) -> str:
+    """Of a relation."""
+    x, y = RELATIONS[name]
+    return next(other for other, side in RELATIONS.items() if side == (-x, -y))
+
+
+def mirrored(view: View) -> View:
+    """What is to be seen in the mirrored picture."""
+
+    def turned(group: Group) -> Group:
+        return replace(group, centre=(1 - group.centre[0], group.centre[1]))
+
+    sides = {"moves left": "moves right", "moves right": "moves left"}
+    return replace(
+        view,
+        groups=tuple(turned(group) for group in view.groups),
+        action=sides.get(view.action, view.action) if view.action else None,
+        acting=turned(view.acting) if view.acting else None,
+    )
+
+
 class HardRenderer(SceneRenderer):
     """Draws the frames of a hard scene."""
 

@@ -1,13 +1,15 @@
 """The tiny world's language: sentences about what is to be seen, and which views make one true."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from vsearch.demo.hard import RELATIONS, relation
-from vsearch.demo.scenes import LARGE, SMALL, TINY, Group, View
+from vsearch.demo.hard import ACTIONS, RELATIONS, opposite, relation
+from vsearch.demo.scenes import COLOURS, KINDS, LARGE, SETTINGS, SMALL, TINY, Group, View
+
+Value = TypeVar("Value")
 
 KIND_NOUNS: dict[str, list[tuple[str, str]]] = {
     "ball": [("ball", "balls"), ("sphere", "spheres")],
@@ -216,6 +218,38 @@ def random_mention(
     sizes = sizes_of(group)
     size = str(rng.choice(sizes)) if sizes and rng.random() < 0.35 else None
     return replace(mention, count=count, size=size)
+
+
+def alterations(mention: Mention, rng: np.random.Generator) -> list[Mention]:
+    """The mention with one thing said differently, for each thing that it says but size, light and
+    emptiness. They may still be true."""
+    said: list[dict[str, Any]] = []
+    for name, values in (
+        ("setting", SETTINGS),
+        ("colour", COLOURS),
+        ("kind", KINDS),
+        ("count", NUMBERS),
+        ("action", ACTIONS),
+    ):
+        if known := getattr(mention, name):
+            said.append({name: another(rng, values, known)})
+    if mention.relation in RELATIONS:
+        said.append({"relation": opposite(mention.relation)})
+    elif mention.relation == "next to":
+        said.append({"relation": ("above", "below")[int(rng.integers(2))]})
+    elif mention.relation:
+        said.append({"relation": "with" if mention.relation == "without" else "without"})
+    if mention.other and mention.other.colour:
+        thing, other = mention.colour, mention.other
+        said.append({"colour": other.colour, "other": replace(other, colour=thing)})
+        said.append({"other": replace(other, colour=another(rng, COLOURS, other.colour))})
+    return [replace(mention, **changed) for changed in said]
+
+
+def another(rng: np.random.Generator, values: Iterable[Value], known: Value | None) -> Value:
+    """One of the values, but not the known one."""
+    rest = [value for value in values if value != known]
+    return rest[int(rng.integers(len(rest)))]
 
 
 def _company(one: Group, other: Group, rng: np.random.Generator) -> dict[str, Any]:

@@ -31,11 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ViTImageProcessor
 
-from vsearch.demo.hard import RELATIONS, Cast, renderer, sample_hard_scene
+from vsearch.demo.hard import Cast, mirrored, opposite, renderer, sample_hard_scene
 from vsearch.demo.scenes import COLOURS, KINDS, SETTINGS, Scene, View, held_out, sample_scene
 from vsearch.demo.sentences import (
     HELD_OUT_TEMPLATES,
     Mention,
+    alterations,
     full_mention,
     random_mention,
     relations_of,
@@ -187,8 +188,10 @@ def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sc
 
 
 def train_clip(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Module:
-    """open_clip's CLIP on (frame, caption) pairs. Captions that are true of another frame of the
-    batch as well are taken out of its negatives.
+    """open_clip's CLIP on (frame, caption) pairs. Beside the captions of the other frames each frame has
+    as negatives captions with one thing said differently: without them the pairs alone tell the frames
+    apart, and neither relations nor numbers are learned. Captions that are true of a frame are taken out
+    of its negatives.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -200,19 +203,23 @@ def train_clip(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Modu
     began = time.monotonic()
     for step in range(steps):
         rows = rng.choice(len(pictures.views), batch, replace=False)
-        views = [pictures.views[i] for i in rows]
+        images, flipped = augmented(pictures.pixels[rows, rng.integers(0, 2, batch)], shift_px=4)
+        views = [
+            mirrored(pictures.views[i]) if flip else pictures.views[i]
+            for i, flip in zip(rows, flipped.tolist(), strict=True)
+        ]
         mentions = [random_mention(view, rng, SEEN) for view in views]
+        mentions += [_almost(mention, rng) for mention in mentions]
         tokens = tokenizer([sentence(mention, rng) for mention in mentions])
         used[tokens.flatten()] = True
         true = np.array([[mention.matches(view) for mention in mentions] for view in views])
-        also_true = torch.from_numpy(true & ~np.eye(batch, dtype=bool))
-        images, _ = augmented(pictures.pixels[rows, rng.integers(0, 2, batch)], shift_px=4)
+        also_true = torch.from_numpy(true & ~np.eye(batch, 2 * batch, dtype=bool))
         with torch.autocast("cpu", torch.bfloat16):
             image_features, text_features, scale = model(images, tokens)
         logits = scale.float() * image_features.float() @ text_features.float().T
         logits = logits.masked_fill(also_true, -1e4)
         target = torch.arange(batch)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :batch].T, target)) / 2
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -229,6 +236,21 @@ def train_clip(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Modu
         # Rows of words never read in training hold only their random start: zero says 'unknown'.
         model.token_embedding.weight[~used] = 0
     return model.eval()
+
+
+def _almost(mention: Mention, rng: np.random.Generator) -> Mention:
+    """The mention with one thing said differently, in words that training may use. The action stays: a
+    frame does not tell which way something goes."""
+    allowed = [
+        altered
+        for altered in alterations(mention, rng)
+        if altered.action == mention.action
+        and all(
+            said is None or not (said.colour and said.kind) or (said.colour, said.kind) in SEEN
+            for said in (altered, altered.other)
+        )
+    ]
+    return allowed[int(rng.integers(len(allowed)))] if allowed else mention
 
 
 def _labels(views: list[View]) -> dict[str, Tensor]:
@@ -298,15 +320,15 @@ def train_dino(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Modu
         # A third of the scenes get false colours, so that shape is learned for itself and is still
         # known when it comes in a colour it never came in; their colour is not asked for.
         false = torch.rand(len(rows)) < 1 / 3
-        frames, mirrored = zip(
+        frames, flipped = zip(
             *(augmented(pictures.pixels[rows, j], shift_px=2) for j in (0, 1)), strict=True
         )
         x = torch.cat(_false_colours(list(frames), false))
         asked = {name: rows_of[rows].repeat(2, 1) for name, rows_of in labels.items()}
         asked["colour"][false.repeat(2)] = 0
         cells = {
-            "kind": _mirrored(pictures.kinds[rows], torch.cat(mirrored)),
-            "colour": _mirrored(pictures.colours[rows], torch.cat(mirrored)),
+            "kind": _flipped(pictures.kinds[rows], torch.cat(flipped)),
+            "colour": _flipped(pictures.colours[rows], torch.cat(flipped)),
         }
         recoloured = false.repeat(2)[:, None, None] & (cells["colour"] < len(COLOURS))
         cells["colour"] = cells["colour"].masked_fill(recoloured, -100)
@@ -338,11 +360,11 @@ def train_dino(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Modu
     return model.eval()
 
 
-def _mirrored(cells: NDArray[np.int64], mirrored: Tensor) -> Tensor:
+def _flipped(cells: NDArray[np.int64], flipped: Tensor) -> Tensor:
     """The cells of all first frames and then of all second ones (frames, CELLS, CELLS), those of
     mirrored frames mirrored as well."""
     both = torch.from_numpy(np.concatenate([cells[:, 0], cells[:, 1]]))
-    return torch.where(mirrored[:, None, None], both.flip(2), both)
+    return torch.where(flipped[:, None, None], both.flip(2), both)
 
 
 def _halved(cells: Tensor, nothing: int) -> Tensor:
@@ -417,9 +439,8 @@ def hard_clip_figures(model: nn.Module, hard: Pictures) -> dict[str, float]:
         if others:
             said = replace(said, other=Mention(others[0].colour, others[0].kind))
             true = relations_of(one, others[0])[0]
-            x, y = RELATIONS[true]
-            [false] = [name for name, side in RELATIONS.items() if side == (-x, -y)]
-            for name, yes, no in (("relation", true, false), ("presence", "with", "without")):
+            pairs_of_words = (("relation", true, opposite(true)), ("presence", "with", "without"))
+            for name, yes, no in pairs_of_words:
                 told = replace(said, relation=yes), replace(said, relation=no)
                 contrasts.setdefault(name, []).append((place, *told))
         else:

@@ -7,13 +7,13 @@ action), and its truth is to the second: a moment is as long as the sentence is 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -21,9 +21,9 @@ import numpy as np
 from vsearch.config import UserError
 from vsearch.demo.hard import (
     ACTIONS,
-    RELATIONS,
     Cast,
     HardScene,
+    opposite,
     relation,
     renderer,
     sample_hard_scene,
@@ -44,13 +44,14 @@ from vsearch.demo.sentences import (
     NUMBERS,
     TRAINING_TEMPLATES,
     Mention,
+    alterations,
+    another,
     relations_of,
     sentence,
     sizes_of,
 )
 
 DIFFICULTIES = ("easy", "hard")
-Value = TypeVar("Value")
 FLASH_S = 0.5
 """So long the picture may be hidden without that a moment ends."""
 
@@ -234,7 +235,7 @@ def hard_queries(shots: Sequence[Shot], rng: np.random.Generator) -> list[dict[s
     for kind in KINDS:
         asked["kind", Mention(kind=kind)] = moments(Mention(kind=kind), stretches)
     for shot in shots[::2]:
-        untrue = [m for m in _alterations(shot, rng) if not moments(m, stretches)]
+        untrue = [m for m in _untrue(shot, rng) if not moments(m, stretches)]
         if untrue:
             asked["absent", untrue[int(rng.integers(len(untrue)))]] = []
     lines: list[dict[str, object]] = []
@@ -270,25 +271,22 @@ def _statements(shot: Shot, view: View, rng: np.random.Generator) -> Iterator[tu
             yield "action", Mention(acted.acting.colour, acted.acting.kind, action=acted.action)
 
 
-def _alterations(shot: Shot, rng: np.random.Generator) -> list[Mention]:
-    """What a shot shows, with one thing said differently."""
+def _untrue(shot: Shot, rng: np.random.Generator) -> list[Mention]:
+    """What a shot shows at its start, with one thing said differently."""
     view = shot.scene.view(0)
     if not view.groups:
         return []
-    one = view.groups[0]
+    one, *others = view.groups
     pair = Mention(one.colour, one.kind)
-    changed = [
-        replace(pair, setting=_another(rng, SETTINGS, view.setting)),
-        replace(pair, colour=_another(rng, COLOURS, one.colour), setting=view.setting),
-        replace(pair, kind=_another(rng, KINDS, one.kind), setting=view.setting),
-        replace(pair, count=_another(rng, NUMBERS, one.count)),
-        replace(pair, action=_another(rng, ACTIONS, None)),
+    said = [
+        replace(pair, setting=view.setting),
+        replace(pair, count=one.count),
+        replace(pair, action=ACTIONS[int(rng.integers(len(ACTIONS)))]),
     ]
-    if view.groups[1:]:
-        other = Mention(view.groups[1].colour, view.groups[1].kind)
-        name = _another(rng, RELATIONS, relations_of(*view.groups)[0])
-        changed.append(replace(pair, relation=name, other=other))
-    return changed
+    if others:
+        other = Mention(others[0].colour, others[0].kind)
+        said.append(replace(pair, relation=relations_of(one, others[0])[0], other=other))
+    return [altered for mention in said for altered in alterations(mention, rng)]
 
 
 def _negations(stretches: Sequence[Stretch], rng: np.random.Generator) -> list[dict[str, object]]:
@@ -356,19 +354,17 @@ def random_cast(rng: np.random.Generator, allowed: Callable[[str, str], bool]) -
 def twisted(rng: np.random.Generator, scene: HardScene) -> Cast:
     """The scene's cast with one thing changed: easily mistaken for it."""
     (colour, kind), *others = scene.pairs
-    other_colour = ((_another(rng, COLOURS, colour), kind), *others)
-    other_kind = ((colour, _another(rng, KINDS, kind)), *others)
+    other_colour = ((another(rng, COLOURS, colour), kind), *others)
+    other_kind = ((colour, another(rng, KINDS, kind)), *others)
     casts = [Cast(pairs) for pairs in (other_colour, other_kind) if len({*pairs}) == len(pairs)]
     if scene.second:
         casts.append(Cast(((colour, kind),)))
         name = relation(replace(scene.second, centre=(0.0, 0.0)), scene.second)
-        x, y = RELATIONS[name]
-        [opposite] = [name for name, side in RELATIONS.items() if side == (-x, -y)]
-        casts.append(Cast((*scene.pairs,), relation=opposite))
+        casts.append(Cast((*scene.pairs,), relation=opposite(name)))
     else:
-        casts.append(Cast(((colour, kind),), count=_another(rng, NUMBERS, scene.count)))
+        casts.append(Cast(((colour, kind),), count=another(rng, NUMBERS, scene.count)))
         before = scene.action.name if scene.action else None
-        casts.append(Cast(((colour, kind),), action=_another(rng, ACTIONS, before)))
+        casts.append(Cast(((colour, kind),), action=another(rng, ACTIONS, before)))
     return casts[int(rng.integers(len(casts)))]
 
 
@@ -388,15 +384,9 @@ def _cut_with_twists(
         if rng.random() < 1 / 12:
             cast = Cast(())
         last = scenes[-1].view(scenes[-1].duration_s).setting if scenes else None
-        setting = last if rng.random() < 0.15 else _another(rng, SETTINGS, last)
+        setting = last if rng.random() < 0.15 else another(rng, SETTINGS, last)
         scenes.append(sample_hard_scene(rng, cast, setting).on_grid(fps))
     return scenes
-
-
-def _another(rng: np.random.Generator, values: Iterable[Value], known: Value | None) -> Value:
-    """One of the values, but not the known one."""
-    rest = [value for value in values if value != known]
-    return rest[int(rng.integers(len(rest)))]
 
 
 def _write_lines(path: Path, lines: list[dict[str, object]]) -> None:
