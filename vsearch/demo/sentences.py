@@ -241,7 +241,8 @@ def alterations(mention: Mention, rng: np.random.Generator) -> list[Mention]:
         said.append({"relation": "with" if mention.relation == "without" else "without"})
     if mention.other and mention.other.colour:
         thing, other = mention.colour, mention.other
-        said.append({"colour": other.colour, "other": replace(other, colour=thing)})
+        if thing and thing != other.colour:
+            said.append({"colour": other.colour, "other": replace(other, colour=thing)})
         said.append({"other": replace(other, colour=another(rng, COLOURS, other.colour))})
     return [replace(mention, **changed) for changed in said]
 
