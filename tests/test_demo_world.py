@@ -761,6 +761,19 @@ def test_a_hard_world_is_drawn_as_planned(tmp_path: Path) -> None:
         make_world(tmp_path / "c", 9, 1, 1, difficulty="harder")
 
 
+def test_every_cast_finds_room_in_the_frame() -> None:
+    rng, numbers = np.random.default_rng(1), set()
+    for _ in range(6000):
+        scene = sample_hard_scene(rng, random_cast(rng, lambda c, k: True))
+        scene = sample_hard_scene(rng, twisted(rng, scene)) if rng.random() < 0.3 else scene
+        numbers.add((scene.count, scene.second.count if scene.second else 0))
+        for time_s in (0.0, scene.duration_s):
+            for group, _ in scene.drawn(time_s):
+                for place, reach in zip(group.centre, group.reach, strict=True):
+                    assert reach - 1e-9 <= place <= 1 - reach + 1e-9
+    assert numbers >= {*((n, 0) for n in NUMBERS), *((n, m) for n in (1, 2, 3) for m in (1, 2, 3))}
+
+
 def test_scenes_that_cannot_be_are_refused() -> None:
     scene = acted("moves left")
     with pytest.raises(ValueError, match="would not last"):

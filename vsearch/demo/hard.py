@@ -328,7 +328,7 @@ def renderer(scene: Scene) -> SceneRenderer:
 
 # ── random scenes ────────────────────────────────────────────────────────────────────────────────
 RADII = {1: (0.1, 0.3), 2: (0.1, 0.17), 3: (0.09, 0.15), 4: (0.09, 0.14), 5: (0.085, 0.12)}
-RADII_OF_TWO = {1: (0.1, 0.16), 2: (0.085, 0.11), 3: (0.085, 0.1)}
+RADII_OF_TWO = {1: (0.1, 0.16), 2: (0.085, 0.1), 3: (0.085, 0.1)}
 WIDEST = 0.94
 """How much of the frame two groups take at most, so that there is room to sway."""
 
