@@ -763,7 +763,7 @@ def test_a_hard_world_is_drawn_as_planned(tmp_path: Path) -> None:
 
 def test_every_cast_finds_room_in_the_frame() -> None:
     rng, numbers = np.random.default_rng(1), set()
-    for _ in range(6000):
+    for _ in range(3000):
         scene = sample_hard_scene(rng, random_cast(rng, lambda c, k: True))
         scene = sample_hard_scene(rng, twisted(rng, scene)) if rng.random() < 0.3 else scene
         numbers.add((scene.count, scene.second.count if scene.second else 0))
