@@ -971,6 +971,7 @@ def demo(
     corpus: CorpusOption = "demo-archive",
     seed: Annotated[int, typer.Option("--seed", help="Which world.")] = 7,
     videos: Annotated[int, typer.Option("--videos", min=2, help="Videos of six scenes each.")] = 20,
+    difficulty: Annotated[str, typer.Option("--difficulty", help="easy or hard.")] = "easy",
     with_page: Annotated[
         bool, typer.Option("--serve/--no-serve", help="Serve the page at the end.")
     ] = True,
@@ -987,7 +988,7 @@ def demo(
     from vsearch.evaluate import evaluate as run
     from vsearch.evaluate import read_queries
 
-    world = Path(corpus) / f"world-{seed}-{videos}"
+    world = Path(corpus) / f"world-{seed}-{videos}{'-hard' if difficulty == 'hard' else ''}"
     others = [path for path in Path(corpus).glob("world-*") if path != world]
     if others:
         raise UserError(
@@ -997,7 +998,13 @@ def demo(
     if not (world / "truth.jsonl").exists():
         with progress_bar() as bar:
             task = bar.add_task("drawing the videos of a tiny world", total=videos, note="")
-            make_world(world, seed, videos, report=lambda n, _: bar.update(task, completed=n))
+            make_world(
+                world,
+                seed,
+                videos,
+                report=lambda n, _: bar.update(task, completed=n),
+                difficulty=difficulty,
+            )
     ingest([str(world)], corpus, models="demo")
     train(corpus)
     with console.status(

@@ -1,12 +1,12 @@
-"""The tiny world's scenes: what can be in one, and how a frame of it is drawn.
+"""The tiny world's easy scenes: what can be in one, and how a frame of it is drawn.
 
 A scene is one setting (a textured background) with at most one group of equal objects. Everything
-about it follows from its fields, so the truth of a frame is known exactly. Drawing is done at
-`FRAME_PX` and is deterministic: the same scene and time give the same pixels.
+about it follows from its fields, so the truth of a frame is known exactly: it is a `View`. Drawing is
+done at `FRAME_PX` and is deterministic: the same scene and time give the same pixels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,61 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 
 Pixels = NDArray[np.uint8]
+Field = NDArray[np.float32]
 Point = tuple[float, float]
+
+TINY, SMALL, LARGE = 0.08, 0.2, 0.27
+"""Radii: an object on its own is tiny or small below, large above these."""
+
+LAYOUTS: dict[int, list[Point]] = {  # where the members of a group stand, in units of its spread
+    1: [(0.0, 0.0)],
+    2: [(-1.0, 0.0), (1.0, 0.0)],
+    3: [(-1.0, 0.9), (1.0, 0.9), (0.0, -0.9)],
+    4: [(-1.0, -1.0), (1.0, -1.0), (-1.0, 1.0), (1.0, 1.0)],
+    5: [(-1.0, 1.0), (1.0, 1.0), (-2.0, -1.0), (0.0, -1.0), (2.0, -1.0)],
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal objects that stand together. Lengths are fractions of the frame, y points downwards."""
+
+    kind: str
+    colour: str
+    count: int
+    radius: float
+    centre: Point
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of two neighbours."""
+        return self.radius * 1.15
+
+    @property
+    def reach(self) -> Point:
+        """How far the group reaches from its centre, sideways and up or down."""
+        x, y = (max(axis) for axis in zip(*LAYOUTS[self.count], strict=True))
+        return self.radius + x * self.spread, self.radius + y * self.spread
+
+    def centres(self) -> list[Point]:
+        """Where the centres of its objects are."""
+        (x, y), spread = self.centre, self.spread
+        return [(x + dx * spread, y + dy * spread) for dx, dy in LAYOUTS[self.count]]
+
+
+@dataclass(frozen=True)
+class View:
+    """What is to be seen at one time. Without a setting nothing is: the picture is black or white.
+
+    `acting` is the group that does `action` at this time; it is not among `groups` while it is less
+    than half there.
+    """
+
+    setting: str | None
+    groups: tuple[Group, ...] = ()
+    dark: bool = False
+    action: str | None = None
+    acting: Group | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +114,37 @@ class Scene:
     def pair(self) -> tuple[str, str] | None:
         """(colour, kind), or None for a scene without objects."""
         return (self.colour, self.kind) if self.colour and self.kind else None
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(colour, kind) of each of its groups."""
+        return [self.pair] if self.pair else []
+
+    def drawn(self, time_s: float) -> list[tuple[Group, float]]:
+        """What is drawn at `time_s` after the start, with its opacity: the group moves as one and
+        bounces off the frame's edges."""
+        if not (self.colour and self.kind):
+            return []
+        group = Group(self.kind, self.colour, self.count, self.radius, (0.0, 0.0))
+        x, y = (
+            _bounce(start, speed * time_s, reach)
+            for start, speed, reach in zip(self.centre, self.velocity, group.reach, strict=True)
+        )
+        return [(replace(group, centre=(x, y)), 1.0)]
+
+    def view(self, time_s: float) -> View:
+        """What is to be seen at `time_s` after the start."""
+        groups = tuple(group for group, _ in self.drawn(time_s))
+        return View(self.setting, groups, is_dark(self.light, self.setting))
+
+    def stretches(self) -> list[tuple[float, float, View]]:
+        """(start_s, end_s, what is to be seen), one after another: only places change within one."""
+        return [(0.0, self.duration_s, self.view(0.0))]
+
+
+def is_dark(light: float, setting: str) -> bool:
+    """Whether a setting under that much light (1: as it is painted) counts as being in low light."""
+    return light < 0.5 or setting == "night"
 
 
 def held_out(colour: str, kind: str) -> bool:
@@ -103,60 +188,70 @@ def sample_scene(
 
 
 class SceneRenderer:
-    """Draws the frames of one scene: background and sprite are made once, frames are composed."""
+    """Draws the frames of one scene: background and sprites are made once, frames are composed."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
         self._rng = np.random.default_rng(scene.texture_seed)
-        pan_px = int(abs(scene.pan_per_s) * scene.duration_s * FRAME_PX) + 1
-        self._background = SETTINGS[scene.setting](self._rng, FRAME_PX, FRAME_PX + pan_px)
+        self._background = self._draw_background()
         self._noise = self._rng.standard_normal((FRAME_PX * 2, FRAME_PX * 2, 1), np.float32)
-        if scene.kind and scene.colour:
-            jitter = self._rng.integers(-10, 11, 3)
-            rgb = np.clip(np.array(COLOURS[scene.colour]) + jitter, 0, 255)
-            self._sprite = draw_object(
-                scene.kind, (int(rgb[0]), int(rgb[1]), int(rgb[2])), round(scene.radius * FRAME_PX)
-            )
+        self._shades = {pair: self._shade(pair[0]) for pair in scene.pairs}
+        self._sprites: dict[tuple[str, str], Image.Image] = {}
 
     def frame(self, time_s: float) -> Pixels:
         """The picture at `time_s` after the scene's start, uint8 (FRAME_PX, FRAME_PX, 3) RGB."""
+        return self._rounded(self._lit(time_s) + self._grain(time_s))
+
+    def _lit(self, time_s: float) -> Field:
+        """Background and objects under the scene's light."""
+        picture = self._background_at(time_s)
+        for group, opacity in self.scene.drawn(time_s):
+            sprite = self._sprite(group, opacity)
+            for x, y in group.centres():
+                side = sprite.width
+                corner = (round(x * FRAME_PX - side / 2), round(y * FRAME_PX - side / 2))
+                picture.paste(sprite, corner, sprite)
+        light = self.scene.light + self.scene.light_per_s * time_s
+        return np.asarray(picture, np.float32) * np.float32(light)
+
+    def _grain(self, time_s: float) -> Field | np.float32:
+        """Noise: a window of one field, because fresh Gaussian noise would cost more than the drawing."""
+        if not self.scene.noise_sigma:
+            return np.float32(0)
+        row, column = np.random.default_rng(int(time_s * 1e6)).integers(0, FRAME_PX, 2)
+        window = self._noise[row : row + FRAME_PX, column : column + FRAME_PX]
+        return np.float32(self.scene.noise_sigma) * window
+
+    def _rounded(self, pixels: Field) -> Pixels:
+        return np.clip(pixels, 0, 255).astype(np.uint8)
+
+    def _draw_background(self) -> Pixels:
+        pan_px = int(abs(self.scene.pan_per_s) * self.scene.duration_s * FRAME_PX) + 1
+        return SETTINGS[self.scene.setting](self._rng, FRAME_PX, FRAME_PX + pan_px)
+
+    def _background_at(self, time_s: float) -> Image.Image:
         scene = self.scene
         spare_px = self._background.shape[1] - FRAME_PX
         travelled_px = min(int(abs(scene.pan_per_s) * time_s * FRAME_PX), spare_px)
         left = travelled_px if scene.pan_per_s >= 0 else spare_px - travelled_px
-        picture = Image.fromarray(self._background[:, left : left + FRAME_PX])
-        for x, y in self.centres(time_s):
-            side = self._sprite.width
-            picture.paste(
-                self._sprite,
-                (round(x * FRAME_PX - side / 2), round(y * FRAME_PX - side / 2)),
-                self._sprite,
-            )
-        pixels = np.asarray(picture, np.float32)
-        pixels = pixels * np.float32(scene.light + scene.light_per_s * time_s)
-        if scene.noise_sigma:
-            # A window of one noise field: fresh Gaussian noise would cost more than the drawing.
-            row, column = np.random.default_rng(int(time_s * 1e6)).integers(0, FRAME_PX, 2)
-            window = self._noise[row : row + FRAME_PX, column : column + FRAME_PX]
-            pixels = pixels + np.float32(scene.noise_sigma) * window
-        return np.clip(pixels, 0, 255).astype(np.uint8)
+        return Image.fromarray(self._background[:, left : left + FRAME_PX])
 
-    def centres(self, time_s: float) -> list[Point]:
-        """Where the objects' centres are (x, y in fractions of the frame): the group moves as one and
-        bounces off the frame's edges."""
-        scene = self.scene
-        spread = scene.radius * 1.15
-        offsets: list[Point] = {
-            0: [],
-            1: [(0.0, 0.0)],
-            2: [(-spread, 0.0), (spread, 0.0)],
-            3: [(-spread, spread * 0.9), (spread, spread * 0.9), (0.0, -spread * 0.9)],
-        }[scene.count]
-        reach_x = scene.radius + (spread if scene.count > 1 else 0)
-        reach_y = scene.radius + (spread * 0.9 if scene.count > 2 else 0)
-        x = _bounce(scene.centre[0], scene.velocity[0] * time_s, reach_x)
-        y = _bounce(scene.centre[1], scene.velocity[1] * time_s, reach_y)
-        return [(x + dx, y + dy) for dx, dy in offsets]
+    def _shade(self, colour: str) -> tuple[int, int, int]:
+        """The colour as it is in this scene."""
+        jitter = self._rng.integers(-10, 11, 3)
+        red, green, blue = np.clip(np.array(COLOURS[colour]) + jitter, 0, 255).tolist()
+        return red, green, blue
+
+    def _sprite(self, group: Group, opacity: float) -> Image.Image:
+        """The picture of one object of the group."""
+        pair, radius_px = (group.colour, group.kind), round(group.radius * FRAME_PX)
+        if pair not in self._sprites or self._sprites[pair].width != 2 * radius_px:
+            self._sprites[pair] = draw_object(group.kind, self._shades[pair], radius_px)
+        sprite = self._sprites[pair]
+        if opacity < 1:
+            sprite = sprite.copy()
+            sprite.putalpha(sprite.getchannel("A").point(lambda alpha: round(alpha * opacity)))
+        return sprite
 
 
 def _bounce(start: float, travelled: float, reach: float) -> float:
@@ -290,9 +385,6 @@ def draw_object(kind: str, rgb: tuple[int, int, int], radius_px: int) -> Image.I
 
 
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────
-Field = NDArray[np.float32]
-
-
 def _noise(
     rng: np.random.Generator, height: int, width: int, cell: float, flat: float = 1
 ) -> Field:
