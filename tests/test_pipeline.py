@@ -301,7 +301,7 @@ def test_cli_json_contracts(built, world):
             "evaluate", "--queries", str(world / "truth.jsonl"), "--corpus", built, "--json"
         ).stdout
     )
-    assert {"queries", "R1@0.5", "R1@0.7", "R5@0.5", "mAP"} <= set(figures)
+    assert {"queries", "R1@0.5", "R1@0.7", "R5@0.5", "mAP@0.5"} <= set(figures)
 
 
 def test_what_was_found_is_handed_out_as_files_and_lists(built, tmp_path):

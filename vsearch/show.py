@@ -225,7 +225,7 @@ def clip_line(done: "Cut") -> str:
 
 def figures_table(figures: dict[str, dict[str, Any]]) -> Table:
     """The metrics of `evaluate`, by space and by group of sentences, with their intervals."""
-    names = ["queries", "R1@0.5", "R1@0.7", "R5@0.5", "mAP", "AUROC"]
+    names = ["queries", "R1@0.5", "R1@0.7", "R5@0.5", "mAP@0.5", "AUROC"]
     table = Table(title="Retrieval against the known truth", title_justify="left")
     for heading in ("space", "sentences", *names):
         table.add_column(heading, justify="left" if heading in ("space", "sentences") else "right")
