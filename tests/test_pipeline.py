@@ -28,7 +28,8 @@ from vsearch.corpus import Corpus, newest_projector
 from vsearch.evaluate import evaluate, read_queries
 from vsearch.index import exact_search
 from vsearch.ingest import ingest
-from vsearch.train import split_videos, train
+from vsearch.sampling import split_videos
+from vsearch.train import train
 from vsearch.video import decode, probe
 
 REPOSITORY = Path(__file__).parent.parent

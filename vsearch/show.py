@@ -289,8 +289,13 @@ def index_summary_line(summary: "build_index.IndexSummary") -> str:
     )
     return (
         f"snapshot [bold]{summary.snapshot}[/] ({made}): {summary.kind}, {summary.rows} rows for "
-        f"{summary.frames} frames, {summary.space} space"
+        f"{summary.frames} frames, {space_name(summary.space, summary.alpha)} space"
     )
+
+
+def space_name(space: str, alpha: float | None) -> str:
+    """A space, with the projected share where it is fused."""
+    return space if alpha is None else f"{space} (α {alpha:g})"
 
 
 def plan_table(made: "Plan") -> Table:
@@ -343,7 +348,7 @@ def snapshots_table(manifests: list[dict[str, Any]], current: str) -> Table:
             "▶" if manifest["version"] == current else "",
             manifest["version"],
             manifest["kind"],
-            manifest["space"],
+            space_name(manifest["space"], manifest.get("alpha")),
             str(manifest["rows"]),
             str(manifest["frames"]),
             str(len(manifest["shards"])),

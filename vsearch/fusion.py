@@ -1,0 +1,83 @@
+"""The spaces that rows of an index can lie in: CLIP's own, the projected one, and both fused.
+
+A fused vector is the unit vector of α parts of the projected one and 1 − α of CLIP's own. α is tuned
+without labels: on videos that the projector was not trained on, the one is chosen whose scores of
+sentences best foretell CLIP's scores of them two seconds later. What is noise in one of CLIP's pictures
+is not in a later one, so a projector that sees past it counts; one that sees something else does not.
+
+Shapes: n = frames, d = DINO's width, c = CLIP's.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vsearch.corpus import Corpus
+
+Vectors = NDArray[np.float16]
+Floats = NDArray[np.float32]
+
+ALPHAS = tuple(step / 20 for step in range(2, 19))
+"""What is tried: a fused space has a part of each."""
+EVEN = 0.5
+"""α where nothing tells: no video is long enough."""
+LATER_S = 2.0
+
+
+def fuse(projected: Vectors, clip: Vectors, alpha: float) -> Vectors:
+    """normalize(α · projected + (1 − α) · clip) of unit vectors, each float16 (n, c)."""
+    total = alpha * np.asarray(projected, np.float32) + (1 - alpha) * np.asarray(clip, np.float32)
+    lengths = np.linalg.norm(total, axis=1, keepdims=True)
+    fused: Vectors = (total / np.maximum(lengths, 1e-6)).astype(np.float16)
+    return fused
+
+
+def mapping(
+    corpus: Corpus, projector: str | None, alpha: float | None
+) -> tuple[list[str], Callable[..., Vectors]]:
+    """(columns of the frames, function of their vectors, each float16 (n, …), that gives the unit vectors
+    float16 (n, c) of a space). `projector` is the version of the one in use, None for CLIP's own
+    vectors; `alpha` its share in a fused space, None in another.
+    """
+    if projector is None:
+        return ["clip"], lambda clip: clip
+    from vsearch.projector import projection
+
+    column, project = projection(corpus, projector)
+    if alpha is None:
+        return [column], project
+    return [column, "clip"], lambda dino, clip: fuse(project(dino), clip, alpha)
+
+
+def later(pts_s: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(frames, those at least `LATER_S` seconds later) of a stretch, by its times (n,) in order."""
+    after = np.searchsorted(pts_s, pts_s + LATER_S - 1e-6)
+    first = np.flatnonzero(after < len(pts_s))
+    return first, after[first]
+
+
+def foretold(
+    projected: Vectors, clip: Vectors, clip_later: Vectors, sentences: Floats
+) -> list[tuple[float, float]]:
+    """(α, mean correlation of the sentences' scores (n,) with those of CLIP later) for each of `ALPHAS`.
+    Frames are float16 (n, c), sentences float32 (…, c).
+    """
+    target = _standard(np.asarray(clip_later, np.float32) @ sentences.T)
+    found = []
+    for alpha in ALPHAS:
+        scores = _standard(np.asarray(fuse(projected, clip, alpha), np.float32) @ sentences.T)
+        found.append((alpha, round(float((scores * target).mean()), 5)))
+    return found
+
+
+def tuned(curve: Sequence[tuple[float, float]]) -> float:
+    """The α that foretells best, the smallest of equals; `EVEN` if none was tried."""
+    return max(curve, key=lambda point: point[1])[0] if curve else EVEN
+
+
+def _standard(scores: Floats) -> Any:
+    """Scores (n, sentences) with mean 0 and deviation 1 by sentence."""
+    scores = scores - scores.mean(axis=0)
+    return scores / np.maximum(scores.std(axis=0), 1e-6)
