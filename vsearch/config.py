@@ -144,6 +144,11 @@ def check_index_options(
             raise UserError(f"--alpha is for --space fused, not for {space}.")
 
 
+def space_name(space: str, alpha: float | None) -> str:
+    """A space for people, with the projected share where it is fused."""
+    return space if alpha is None else f"{space} (α {alpha:g})"
+
+
 def check_alpha(alpha: float) -> None:
     """Raises `UserError` for a share of the projected vector that cannot be."""
     if not 0 <= alpha <= 1:

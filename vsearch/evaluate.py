@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vsearch import scoring
-from vsearch.config import UserError
+from vsearch.config import UserError, space_name
 from vsearch.query import Term
 from vsearch.scoring import Bools, Floats
 
@@ -270,6 +270,11 @@ def answers_of(segments: Sequence[Any]) -> Answers:
     return [(Moment(Path(s.video).name, s.start_s, s.end_s), float(s.score)) for s in segments]
 
 
+def precisions(queries: Sequence[Query], answers: Sequence[Answers]) -> Floats:
+    """The `mAP` of each query (queries,), NaN for those without true moments."""
+    return _table(queries, answers).values[:, MEANS.index("mAP")]
+
+
 def judge(queries: Sequence[Query], found: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """The figures for the segments `found` for each query. Queries that carry a group are scored by
     group as well, under `groups`. Each has its `intervals`.
@@ -286,6 +291,29 @@ def judge(queries: Sequence[Query], found: Sequence[Sequence[Any]]) -> dict[str,
 def evaluate(search: Search, queries: Sequence[Query]) -> dict[str, Any]:
     """Asks every query and judges the answers; `search(query, limit)` gives segments."""
     return judge(queries, ask(search, queries))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The segments that each query was answered with in a space, and their `figures`, with `space` and
+    `alpha`, its projected share if it is fused.
+    """
+
+    found: Sequence[Sequence[Any]]
+    figures: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, search: Search, queries: Sequence[Query], space: str, alpha: float | None = None
+    ) -> "Judged":
+        """Asks every query and judges the answers."""
+        found = ask(search, queries)
+        return cls(found, {"space": space, "alpha": alpha, **judge(queries, found)})
+
+    @property
+    def name(self) -> str:
+        """The space, with its α."""
+        return space_name(self.figures["space"], self.figures["alpha"])
 
 
 def _judged(table: _Table) -> dict[str, Any]:

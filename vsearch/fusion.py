@@ -1,9 +1,10 @@
 """The spaces that rows of an index can lie in: CLIP's own, the projected one, and both fused.
 
 A fused vector is the unit vector of α parts of the projected one and 1 − α of CLIP's own. α is tuned
-without labels: on videos that the projector was not trained on, the one is chosen whose scores of
-sentences best foretell CLIP's scores of them two seconds later. What is noise in one of CLIP's pictures
-is not in a later one, so a projector that sees past it counts; one that sees something else does not.
+without labels, by what the scores of general sentences foretell of those two seconds later, when most
+videos still show the same. Chosen is the largest product of two correlations: with CLIP's later scores,
+so that a projector that sees something else does not count (validity), and with the fused space's own,
+so that one that sees past CLIP's noise does (reliability).
 
 Shapes: n = frames, d = DINO's width, c = CLIP's.
 """
@@ -18,6 +19,8 @@ from vsearch.corpus import Corpus
 
 Vectors = NDArray[np.float16]
 Floats = NDArray[np.float32]
+Pair = tuple[Vectors, Vectors]
+"""Projected and CLIP's own vectors of the same frames, each (n, c)."""
 
 ALPHAS = tuple(step / 20 for step in range(2, 19))
 """What is tried: a fused space has a part of each."""
@@ -51,33 +54,33 @@ def mapping(
     return [column, "clip"], lambda dino, clip: fuse(project(dino), clip, alpha)
 
 
-def later(pts_s: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def pairs(pts_s: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(frames, those at least `LATER_S` seconds later) of a stretch, by its times (n,) in order."""
     after = np.searchsorted(pts_s, pts_s + LATER_S - 1e-6)
     first = np.flatnonzero(after < len(pts_s))
     return first, after[first]
 
 
-def foretold(
-    projected: Vectors, clip: Vectors, clip_later: Vectors, sentences: Floats
-) -> list[tuple[float, float]]:
-    """(α, mean correlation of the sentences' scores (n,) with those of CLIP later) for each of `ALPHAS`.
-    Frames are float16 (n, c), sentences float32 (…, c).
+def foretold(now: Pair, then: Pair, sentences: Floats) -> list[tuple[float, float]]:
+    """(α, validity · reliability) for each of `ALPHAS`: the mean correlations of the scores of sentences
+    float32 (…, c) on frames `now` with CLIP's and with their own on the frames `then`.
     """
-    target = _standard(np.asarray(clip_later, np.float32) @ sentences.T)
+    clip = _scores(then[1], sentences)
     found = []
     for alpha in ALPHAS:
-        scores = _standard(np.asarray(fuse(projected, clip, alpha), np.float32) @ sentences.T)
-        found.append((alpha, round(float((scores * target).mean()), 5)))
+        scores, later = (_scores(fuse(*frames, alpha), sentences) for frames in (now, then))
+        validity, reliability = (max(0.0, float((scores * s).mean())) for s in (clip, later))
+        found.append((alpha, round(validity * reliability, 5)))
     return found
 
 
 def tuned(curve: Sequence[tuple[float, float]]) -> float:
-    """The α that foretells best, the smallest of equals; `EVEN` if none was tried."""
+    """The best α of a curve, the smallest of equals; `EVEN` if none was tried."""
     return max(curve, key=lambda point: point[1])[0] if curve else EVEN
 
 
-def _standard(scores: Floats) -> Any:
-    """Scores (n, sentences) with mean 0 and deviation 1 by sentence."""
-    scores = scores - scores.mean(axis=0)
+def _scores(vectors: Vectors, sentences: Floats) -> Any:
+    """Scores (n, sentences) of frames, with mean 0 and deviation 1 by sentence."""
+    scores = np.asarray(vectors, np.float32) @ sentences.T
+    scores -= scores.mean(axis=0)
     return scores / np.maximum(scores.std(axis=0), 1e-6)

@@ -38,6 +38,9 @@ TEST_SHARE = 0.05
 SENTENCES = Path(__file__).parent / "sentences.txt"
 """General sentences, one a line: the text queries on which recall is measured by default."""
 
+TUNING_VIDEOS = 10
+"""Fewer videos show too little for α to be tuned on them alone."""
+
 TUNING_SPANS = 200
 TUNING_PAIRS = 100
 """α is tuned on at most so many spans, and pairs of frames of each."""
@@ -212,12 +215,14 @@ def validation_pieces(
     corpus: Corpus, projector: str, videos: list[Content], spans: Spans
 ) -> list[Piece]:
     """Spans on which α is tuned: at most `TUNING_SPANS`, evenly of the videos that a projector was not
-    trained on; of all, where there are none such.
+    trained on; of all videos, where there are fewer than `TUNING_VIDEOS` of those.
     """
     record = json.loads(corpus.read(f"projector/{projector}/config.json"))
     share = record.get("training", {}).get("validation", TrainConfig().validation)
     held_out = split_videos([content.video_id for content in videos], share)
-    chosen = [content for content in videos if content.video_id in held_out] or videos
+    chosen = [content for content in videos if content.video_id in held_out]
+    if len(chosen) < TUNING_VIDEOS:
+        chosen = videos
     pieces = pieces_of(chosen, spans)
     few = np.linspace(0, len(pieces) - 1, min(len(pieces), TUNING_SPANS)).astype(int)
     return [pieces[place] for place in few]
@@ -231,19 +236,19 @@ def tune_alpha(corpus_url: str, projector: str, pieces: list[Piece], sentences: 
 
     corpus = Corpus(corpus_url)
     columns, project = fusion.mapping(corpus, projector, None)
-    found: list[tuple[Any, Any, Any]] = []
+    found: list[tuple[Any, ...]] = []
     for _, times, (dino, clip) in _read(corpus, pieces, [*columns, "clip"]):
-        first, after = fusion.later(times)
-        few = np.linspace(0, len(first) - 1, min(len(first), TUNING_PAIRS)).astype(int)
+        now, then = fusion.pairs(times)
+        few = np.linspace(0, len(now) - 1, min(len(now), TUNING_PAIRS)).astype(int)
         if len(few):
-            found.append((project(dino[first[few]]), clip[first[few]], clip[after[few]]))
+            found.append(tuple(x[frames[few]] for frames in (now, then) for x in (dino, clip)))
     curve: list[tuple[float, float]] = []
     if found:
         text = ClipEncoder.recorded(corpus.config.clip).encode_text(sentences)
-        projected, clip, later = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        curve = fusion.foretold(projected, clip, later, text)
-    pairs = sum(len(part) for part, _, _ in found)
-    return {"alpha": fusion.tuned(curve), "pairs": pairs, "curve": curve}
+        dino, clip, dino_then, clip_then = map(np.concatenate, zip(*found, strict=True))
+        curve = fusion.foretold((project(dino), clip), (project(dino_then), clip_then), text)
+    count = sum(len(part[0]) for part in found)
+    return {"alpha": fusion.tuned(curve), "pairs": count, "curve": curve}
 
 
 def shard_sample(corpus_url: str, shard: Entry, count: int) -> tuple[Any, Any]:
