@@ -102,4 +102,4 @@ def test_figures_stand_above_their_intervals() -> None:
         ["", "", f"{round(low, 3):g} … {round(high, 3):g}"],
     ]
     assert ["seen", "R1@0.5", "1"] in rows and ["4", "", "1 … 1"] in rows
-    assert "95% interval by bootstrap over queries" in out.file.getvalue()
+    assert "95% interval by bootstrap over queries" in " ".join(out.file.getvalue().split())

@@ -153,7 +153,7 @@ class Report:
         }
         names = [name for name in FIGURES if any(name in f for f in spaces.values())]
         heads = "".join(
-            f'<th scope="col" title="{html.escape(MEANINGS[name])}">{html.escape(HEADS.get(name, name))}</th>'
+            f'<th scope="col" title="{html.escape(MEANINGS[name])}">{HEADS.get(name, name)}</th>'
             for name in names
         )
         bodies = []
