@@ -152,13 +152,13 @@ class PictureEncoder:
         from vsearch.fusion import mapping
 
         self._input_px = corpus.config.input_px
-        columns, self._vectors_of = mapping(corpus, projector, alpha)
         self._encoders: list[DinoEncoder | ClipEncoder] = []
-        if "dino" in columns:
+        if projector is not None:
             self._encoders.append(DinoEncoder.recorded(corpus.config.dino))
-        if "clip" in columns:
+        if projector is None or alpha is not None:
             assert clip is not None
             self._encoders.append(clip)
+        _, self._vectors_of = mapping(corpus, projector, alpha)
 
     def encode(self, picture: Pixels) -> NDArray[np.float32]:
         """The unit vector (dim,) of a picture uint8 (height, width, 3) RGB, scaled as a frame is."""
