@@ -163,12 +163,7 @@ def test_a_picture_finds_its_own_frame_in_the_fused_space(corpus: Corpus, world:
 
 
 def test_alpha_is_tuned_recorded_and_kept(
-    corpus: Corpus,
-    world: Path,
-    encoders: Encoders,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    corpus: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_index(corpus.url, space="clip")  # so that there is no α to keep
     first = build_index(corpus.url, space="fused")
