@@ -104,9 +104,9 @@ def made_up(folder: Path, rows: int, seed: int) -> Work:
 
 def of_corpus(folder: Path, url: str) -> Work:
     """The vectors of a corpus' snapshot, and its sentences."""
-    from vsearch.build_index import SENTENCES
     from vsearch.corpus import Corpus
     from vsearch.encoders import ClipEncoder
+    from vsearch.parts import SENTENCES
     from vsearch.snapshots import Snapshots
 
     folder.mkdir(parents=True, exist_ok=True)

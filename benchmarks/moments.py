@@ -3,7 +3,7 @@
 Method: each corpus (of a tiny world of known truth, as `vsearch demo` leaves it) is indexed once a
 frame a row, then once for each bound on the cosine, and asked all of its sentences; the rest of the
 path is untouched. Rows a video-hour are counted over the videos' own length. `frames` is the
-reference; the bound in use is the largest saving at which R1@0.5 and mAP do not fall.
+reference; the bound in use is the largest saving at which R1@0.5 and mAP@0.5 do not fall.
 
     python benchmarks/moments.py DEMO_CORPUS… > moments.json
 """
@@ -21,7 +21,7 @@ from vsearch import build_index as stage
 from vsearch.evaluate import evaluate, read_queries
 
 BOUNDS = (None, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85)
-FIGURES = ("R1@0.5", "R1@0.7", "R5@0.5", "mAP")
+FIGURES = ("R1@0.5", "R1@0.7", "R5@0.5", "mAP@0.5")
 
 
 def at_bound(corpus: Path, bound: float | None) -> dict[str, float]:

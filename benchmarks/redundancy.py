@@ -47,7 +47,7 @@ def on_the_world(folder: Path, bound: float | None) -> dict[str, object]:
         "embedded": embedded,
         "R1@0.5": found["R1@0.5"],
         "R5@0.5": found["R5@0.5"],
-        "mAP": found["mAP"],
+        "mAP@0.5": found["mAP@0.5"],
         "encode_s": summary.frames and sum(s.encode_s for s in vsearch.status(corpus)),
     }
 
@@ -76,11 +76,11 @@ def main() -> None:
                 {"clips": "all real clips", "bound": bound}
                 | {k: sum(int(str(r[k])) for r in of_bound) for k in ("frames", "embedded")}
             )
-    table = Table("clips", "bound", "frames", "embedded", "share", "R1@0.5", "R5@0.5", "mAP")
+    table = Table("clips", "bound", "frames", "embedded", "share", "R1@0.5", "R5@0.5", "mAP@0.5")
     for row in rows:
         frames, embedded = int(str(row["frames"])), int(str(row["embedded"]))
         share = f"{embedded / max(1, frames):.2f}"
-        figures = [str(row.get(name, "")) for name in ("R1@0.5", "R5@0.5", "mAP")]
+        figures = [str(row.get(name, "")) for name in ("R1@0.5", "R5@0.5", "mAP@0.5")]
         bound = "off" if row["bound"] is None else str(row["bound"])
         table.add_row(str(row["clips"]), bound, str(frames), str(embedded), share, *figures)
     CONSOLE.print(table)

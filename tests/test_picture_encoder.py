@@ -70,24 +70,44 @@ def shown(
     return full, small
 
 
+SPACES = pytest.mark.parametrize(
+    ("projector", "alpha"),
+    [("v1", None), (None, None), ("v1", 0.3)],
+    ids=["projected", "clip", "fused"],
+)
+
+
 def stored(
-    corpus: Corpus, encoders: Encoders, small: list[NDArray[np.uint8]], projector: str | None
+    corpus: Corpus,
+    encoders: Encoders,
+    small: list[NDArray[np.uint8]],
+    projector: str | None,
+    alpha: float | None,
 ) -> NDArray[np.float32]:
     """The rows that an index has for frames."""
     pairs = [encoders.embed(picture[None]) for picture in small]
+    clip = np.concatenate([clip for _, clip in pairs]).astype(np.float32)
     if projector is None:
-        return np.concatenate([clip for _, clip in pairs]).astype(np.float32)
+        return clip
     _, project = projection(corpus, projector)
-    return project(np.concatenate([dino for dino, _ in pairs])).astype(np.float32)
+    projected = project(np.concatenate([dino for dino, _ in pairs])).astype(np.float32)
+    if alpha is None:
+        return projected
+    fused = alpha * projected + (1 - alpha) * clip
+    return fused / np.linalg.norm(fused, axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("projector", ["v1", None], ids=["projected", "clip"])
+@SPACES
 def test_the_very_frame_gives_nearly_the_stored_vector(
-    corpus: Corpus, encoders: Encoders, shown: tuple[Any, Any], projector: str | None
+    corpus: Corpus,
+    encoders: Encoders,
+    shown: tuple[Any, Any],
+    projector: str | None,
+    alpha: float | None,
 ) -> None:
     full, small = shown
-    rows = stored(corpus, encoders, small, projector)
-    encoder = PictureEncoder(corpus, projector, encoders.clip)
+    rows = stored(corpus, encoders, small, projector, alpha)
+    encoder = PictureEncoder(corpus, projector, encoders.clip, alpha)
     found = np.stack([encoder.encode(picture) for picture in full])
     assert found.dtype == np.float32 and found.shape == rows.shape
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
@@ -97,13 +117,17 @@ def test_the_very_frame_gives_nearly_the_stored_vector(
     assert scores[0, -1] < 0.97 and scores[-1, 0] < 0.97
 
 
-@pytest.mark.parametrize("projector", ["v1", None], ids=["projected", "clip"])
+@SPACES
 def test_a_saved_picture_of_another_size_lies_near_too(
-    corpus: Corpus, encoders: Encoders, shown: tuple[Any, Any], projector: str | None
+    corpus: Corpus,
+    encoders: Encoders,
+    shown: tuple[Any, Any],
+    projector: str | None,
+    alpha: float | None,
 ) -> None:
     full, small = shown
-    rows = stored(corpus, encoders, small, projector)
-    encoder = PictureEncoder(corpus, projector, encoders.clip)
+    rows = stored(corpus, encoders, small, projector, alpha)
+    encoder = PictureEncoder(corpus, projector, encoders.clip, alpha)
     for place in (0, len(full) - 1):
         picture = Image.fromarray(full[place])
         buffer = io.BytesIO()

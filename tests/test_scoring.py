@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from vsearch.evaluate import Moment, temporal_iou
-from vsearch.evaluate import claims as claims_one_by_one
 from vsearch.scoring import (
     auroc,
     bootstrap,
@@ -28,6 +27,17 @@ hits = arrays(bool, st.tuples(st.just(1), st.just(1), st.integers(1, 12)))
 
 def padded(windows: list[tuple[int, int]], width: int) -> np.ndarray:
     return np.array([*windows, *[(np.nan, np.nan)] * (width - len(windows))], float)[None]
+
+
+def claims_one_by_one(found: list[Moment], truth: list[Moment], threshold: float) -> list[bool]:
+    free, right = list(truth), []
+    for window in found:
+        reached = [(temporal_iou(window, moment), place) for place, moment in enumerate(free)]
+        best, place = max(reached, default=(-1.0, -1))
+        right.append(best >= threshold)
+        if right[-1]:
+            del free[place]
+    return right
 
 
 @given(lists_of_windows, lists_of_windows)

@@ -172,7 +172,7 @@ def test_where_nobody_answers_it_says_so(monkeypatch) -> None:
 
 
 def test_only_the_packages_code_is_sent_and_counts(cluster: Cluster, gate: Gate) -> None:
-    code = "import vsearch.build_index as b; print(b.__file__, b.SENTENCES.exists())"
+    code = "import vsearch.parts as p; print(p.__file__, p.SENTENCES.exists())"
     job = run(python(code), cluster, "code", environment())
     ended, log = logged(cluster, job)
     assert exit_code(ended) == 0, log

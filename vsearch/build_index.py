@@ -12,21 +12,18 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import distributions
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 
 import vsearch
 from vsearch import parts, recall, runtime
 from vsearch.config import MIN_RECALL, UserError, check_index_options
-from vsearch.corpus import Corpus, newest_projector
+from vsearch.corpus import Corpus
 from vsearch.coverage import VideoState
-from vsearch.moments import Gaps
+from vsearch.moments import ALIKE, Gaps
 from vsearch.placement import index_words, plan_index, prefer
-from vsearch.schema import SNAPSHOT_VIDEOS
 from vsearch.sizing import FLAT_ROWS, ROWS_PER_CELL, Setting, cells_for
 from vsearch.snapshots import (
     FORMAT_VERSION,
@@ -40,16 +37,10 @@ from vsearch.snapshots import (
     gaps_of,
     key_of,
     spans_by_video,
+    videos_table,
 )
-from vsearch.storage import open_url
-
-ALIKE = 0.98
-"""Frames with at least this cosine to the first one of their moment share a row."""
 
 SHARD_FRAMES = 5_000_000
-SENTENCES = Path(__file__).parent / "sentences.txt"
-"""General sentences, one a line: the text queries on which recall is measured by default."""
-
 FRAME_QUERIES = 100
 FEWEST_CODED = 256
 """Fewer rows cannot train a quantizer: they are flat whatever is asked for."""
@@ -64,7 +55,8 @@ GROWTH = 4
 @dataclass(frozen=True)
 class IndexSummary:
     """The snapshot in use afterwards; `new` tells whether it was built now, `shards_new` how many of
-    its shards were. `warnings` say when the quantizer no longer fits, and what to do.
+    its shards were; `alpha` is the projected share where the space is fused. `warnings` say when the
+    quantizer no longer fits, and what to do.
     """
 
     snapshot: str
@@ -75,6 +67,7 @@ class IndexSummary:
     frames: int
     shards: int
     shards_new: int = 0
+    alpha: float | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -94,21 +87,24 @@ def build_index(
     gpus: int | None = None,
     report: Report = lambda stage, done, total: None,
     announce: Callable[[str], None] = lambda line: None,
+    alpha: float | None = None,
 ) -> IndexSummary:
     """Publishes a snapshot of all embedded frames, unless the current one is that already.
 
-    `space` is 'projected' (DINO through the newest projector) or 'clip' (CLIP's image vectors);
-    `rows` 'moments' or 'frames'; `queries` a file with a sentence a line, on which recall is measured
-    instead of general ones. Raises `recall.RecallError` when an index with codes cannot reach
-    `min_recall`. `retrain` trains the quantizer anew; `rebuild` makes everything anew, also what is
-    finished, as is needed when a part is damaged. `gpus` are those that may be used (0: none), by default
-    those of the nodes for the index. `announce` gets a line about what the build runs on, when it begins.
+    `space` is 'projected' (DINO through the newest projector), 'clip' (CLIP's image vectors) or 'fused':
+    `alpha` parts of the projected vector and 1 − `alpha` of CLIP's. Without it `alpha` is that of the
+    snapshot in use, or tuned where that has none of the same projector. `rows` is 'moments' or
+    'frames'; `queries` a file with a sentence a line, on which recall is measured instead of general
+    ones. Raises `recall.RecallError` when an index with codes cannot reach `min_recall`. `retrain` trains
+    the quantizer and tunes `alpha` anew; `rebuild` makes everything anew, also what is finished, as is
+    needed when a part is damaged. `gpus` are those that may be used (0: none), by default those of the
+    nodes for the index. `announce` gets a line about what the build runs on, when it begins.
     """
-    check_index_options(kind, space, rows, min_recall)
-    sentences = _sentences(queries)
+    check_index_options(kind, space, rows, min_recall, alpha)
+    sentences = parts.read_sentences(queries)
     corpus = Corpus(corpus_url)
     snapshots = Snapshots(corpus)
-    recipe = parts.Recipe(_projector(corpus, space), ALIKE if rows == "moments" else None)
+    projector = parts.projector_for(corpus, space)
     spans = spans_by_video(corpus)
     states = [state for state in corpus.states() if state.video_id in spans]
     if not states:
@@ -118,13 +114,22 @@ def build_index(
     current, parent = snapshots.current, None
     with suppress(UnreadableSnapshotError):  # then this build takes its place
         parent = snapshots.current_manifest()
+    tasks = fusion = None
+    if projector is not None and space == "fused":
+        fusion = {"alpha": alpha} if alpha is not None else _known_alpha(parent, projector, retrain)
+        if fusion is None:
+            tasks = _Tasks(gpus, announce)
+            pieces = parts.validation_pieces(corpus, projector, contents, spans)
+            fusion = _tune_alpha(tasks, corpus, projector, pieces, sentences)
+    recipe = parts.Recipe(
+        projector, ALIKE if rows == "moments" else None, fusion["alpha"] if fusion else None
+    )
     asked = [kind, asdict(recipe), space, shard_frames, sentences, min_recall]
     built_from = key_of(asked, [asdict(c) for c in contents], [_facts(state) for state in states])
     if parent and parent["built_from"] == built_from and not (retrain or rebuild):
         return _summary(parent, 0, published=False)
 
-    runtime.connect()
-    tasks = _Tasks(gpus, announce)
+    tasks = tasks or _Tasks(gpus, announce)
     base = parent if parent and _continues(parent, recipe, shard_frames) and not rebuild else None
     salt = uuid.uuid4().hex if rebuild else ""  # other keys than those of the parts that there are
     kept, groups = deal(contents, _stored(snapshots, base) if base else [], shard_frames)
@@ -160,6 +165,7 @@ def build_index(
         "space": space,
         "encoders": {"dino": asdict(corpus.config.dino), "clip": asdict(corpus.config.clip)},
         **asdict(recipe),
+        "fusion": fusion,
         "shard_frames": shard_frames,
         "dim": corpus.config.clip.dim,
         "rows": total,
@@ -175,41 +181,34 @@ def build_index(
         "built_from": built_from,
     }
     manifest["warnings"] = _warnings(manifest, former, len(groups)) if coded else []
-    version = snapshots.publish(manifest, _videos_table(states, contents, places))
+    version = snapshots.publish(manifest, videos_table(states, contents, places))
     return _summary(manifest | {"version": version}, len(groups), published=True)
 
 
 # ── what to build ────────────────────────────────────────────────────────────────────────────────
 
 
-def _sentences(path: str | None) -> list[str]:
-    """The text queries of a file, at any fsspec URL; by default the general ones."""
-    try:
-        with open_url(path or str(SENTENCES)) as file:
-            lines = file.read().decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The sentences in {path} cannot be read: {error}.") from error
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise UserError(f"{path} holds no sentences: one a line is expected.")
+def _known_alpha(
+    parent: dict[str, Any] | None, projector: str | None, retrain: bool
+) -> dict[str, Any] | None:
+    """What the snapshot in use says of its α, if that holds for the next one."""
+    if parent is None or parent["projector"] != projector or retrain:
+        return None
+    found: dict[str, Any] | None = parent.get("fusion")
     return found
 
 
-def _projector(corpus: Corpus, space: str) -> str | None:
-    config = corpus.config
-    if space == "clip":
-        if config.pairs < 1:
-            raise UserError(
-                f"The corpus at {corpus.url} has CLIP vectors for a share of {config.pairs:g} of its "
-                f"spans only (--pairs): the clip space cannot be had, use --space projected."
-            )
-        return None
-    newest = newest_projector(corpus)
-    if newest is None:
-        raise UserError(
-            f"The corpus at {corpus.url} has no projector yet: run 'vsearch train' first."
-        )
-    return newest[0]
+def _tune_alpha(
+    tasks: "_Tasks",
+    corpus: Corpus,
+    projector: str,
+    pieces: list[parts.Piece],
+    sentences: list[str],
+) -> dict[str, Any]:
+    tune = tasks.of(parts.tune_alpha, on_gpu=True)
+    with runtime.user_errors():
+        found: dict[str, Any] = ray.get(tune(corpus.url, projector, pieces, sentences))
+    return found
 
 
 def _facts(state: VideoState) -> list[Any]:
@@ -221,7 +220,7 @@ def _facts(state: VideoState) -> list[Any]:
 def _continues(parent: dict[str, Any], recipe: parts.Recipe, shard_frames: int) -> bool:
     """Whether shards of a snapshot can be part of the next."""
     asked = asdict(recipe) | {"shard_frames": shard_frames}
-    return all(parent[name] == value for name, value in asked.items())
+    return all(parent.get(name) == value for name, value in asked.items())
 
 
 def _stored(snapshots: Snapshots, base: dict[str, Any]) -> list[StoredShard]:
@@ -244,6 +243,7 @@ class _Tasks:
     """Makes functions into Ray tasks that run where the index belongs."""
 
     def __init__(self, gpus: int | None, announce: Callable[[str], None]) -> None:
+        runtime.connect()
         nodes = runtime.nodes()
         self.plan = plan_index(nodes, gpus)
         self._where = prefer("index", nodes)
@@ -443,29 +443,12 @@ def _recall_at(manifest: dict[str, Any], chosen: dict[str, Any]) -> float:
     return float(next(found)["recall_200_text"])
 
 
-def _videos_table(
-    states: list[VideoState], contents: list[Content], shards: dict[Content, int]
-) -> pa.Table:
-    rows = [
-        {
-            **asdict(content),
-            "shard": shards[content],
-            **{name: getattr(state, name) for name in _STATE_COLUMNS},
-            "tags": sorted(state.tags.items()),
-        }
-        for state, content in zip(states, contents, strict=True)
-    ]
-    return pa.Table.from_pylist(rows, schema=SNAPSHOT_VIDEOS)
-
-
-_STATE_COLUMNS = ("uri", "copies", "zero_s", "duration_s", "recorded_at", "recorded_at_source")
-
-
 def _summary(manifest: dict[str, Any], shards_new: int, published: bool) -> IndexSummary:
     return IndexSummary(
         snapshot=manifest["version"],
         new=published,
         **{name: manifest[name] for name in ("kind", "space", "rows", "frames", "warnings")},
         shards=len(manifest["shards"]),
+        alpha=manifest.get("alpha"),
         shards_new=shards_new,
     )

@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -46,6 +46,7 @@ from vsearch.show import (
 )
 
 if TYPE_CHECKING:
+    from vsearch.evaluate import Judged, Query
     from vsearch.search import Engine, Results
     from vsearch.submit import Cluster
 
@@ -112,7 +113,15 @@ MinRecallOption = Annotated[
     ),
 ]
 SpaceOption = Annotated[
-    str, typer.Option("--space", help="projected (DINO through the projector) or clip.")
+    str,
+    typer.Option("--space", help="projected (DINO through the projector), clip, or fused of both."),
+]
+AlphaOption = Annotated[
+    float | None,
+    typer.Option(
+        "--alpha",
+        help="The projected share of the fused space, 0 to 1; tuned without labels, without it.",
+    ),
 ]
 WorkersOption = Annotated[
     int | None,
@@ -388,6 +397,7 @@ def index(
         bool, typer.Option("--report", help="Show the recall at each setting, and draw it (PNG).")
     ] = False,
     gpus: GpusOption = None,
+    alpha: AlphaOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Build the index of all embedded frames and publish it; only what is new is done.
@@ -399,6 +409,8 @@ def index(
     [bold]vsearch index --corpus ./corpus --report[/]
 
     [bold]vsearch index --corpus s3://archive/corpus --queries ours.txt --min-recall 0.99[/]
+
+    [bold]vsearch index --corpus ./corpus --space fused[/]
     """
     from vsearch.build_index import build_index
     from vsearch.corpus import Corpus
@@ -421,6 +433,7 @@ def index(
             report=lambda stage, done, total: bar.update(
                 task, description=words[stage], completed=done, total=total
             ),
+            alpha=alpha,
         )
     console.print(index_summary_line(summary), highlight=False)
     for warning in summary.warnings:
@@ -453,8 +466,8 @@ def snapshots(corpus: CorpusOption = DEFAULT_CORPUS, as_json: JsonOption = False
         except UserError as error:
             console.print(f"[red]{escape(str(error))}[/]", highlight=False)
     if as_json:
-        names = ("version", "parent", "created_at", "kind", "space", "rows", "frames")
-        listed = [{name: m[name] for name in names} for m in manifests]
+        names = ("version", "parent", "created_at", "kind", "space", "alpha", "rows", "frames")
+        listed = [{name: m.get(name) for name in names} for m in manifests]
         emit({"current": current, "snapshots": listed})
     else:
         Console().print(snapshots_table(manifests, current))
@@ -543,6 +556,8 @@ def build(
     sync: SyncOption = False,
     time_pattern: TimePatternOption = None,
     kind: KindOption = "auto",
+    space: SpaceOption = "projected",
+    alpha: AlphaOption = None,
     workers: WorkersOption = None,
     gpus: GpusOption = None,
     decoders: DecodersOption = None,
@@ -558,7 +573,7 @@ def build(
         gpus=gpus, decoders=decoders, batch=batch, as_json=as_json,
     )  # fmt: skip
     train(corpus, workers, gpus)
-    index(corpus, kind, gpus=gpus)
+    index(corpus, kind, space, gpus=gpus, alpha=alpha)
 
 
 @app.command(context_settings={"allow_interspersed_args": False})  # the job's options are its own
@@ -802,6 +817,21 @@ def evaluate(
         str | None,
         typer.Option("--snapshot", help="A version of the index; the current one without."),
     ] = None,
+    spaces: Annotated[
+        str | None,
+        typer.Option(
+            "--spaces",
+            help="Instead of an index, all frames in these spaces side by side: projected, clip, fused, "
+            "random, with commas between them.",
+        ),
+    ] = None,
+    alpha: AlphaOption = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", help="Write a page with the figures and the worst queries to a file."
+        ),
+    ] = None,
     predictions: Annotated[
         str | None,
         typer.Option(
@@ -821,12 +851,16 @@ def evaluate(
 ) -> None:
     """Measure retrieval on sentences whose true moments are known, with 95 % intervals.
 
-    With --queries a corpus is asked. With --predictions and --truth the answers of any system are judged
-    by the rules of QVHighlights, in its formats; no corpus is needed.
+    With --queries a corpus is asked: the index in use, or with --spaces all its frames in each of several
+    spaces, indexed or not; random is a projector that has learnt nothing, the floor. With --predictions
+    and --truth the answers of any system are judged by the rules of QVHighlights, in its formats; no
+    corpus is needed.
 
     Examples:
 
-    [bold]vsearch evaluate --queries truth.jsonl --corpus ./corpus[/]
+    [bold]vsearch evaluate --queries truth.jsonl --corpus ./corpus --html report.html[/]
+
+    [bold]vsearch evaluate --queries truth.jsonl --corpus ./corpus --spaces projected,clip,fused,random[/]
 
     [bold]vsearch evaluate --predictions submission.jsonl --truth highlight_val_release.jsonl --json[/]
     """
@@ -841,18 +875,66 @@ def evaluate(
         return
     if queries is None or predictions is not None or truth is not None:
         raise UserError("Give either --queries, or both of --predictions and --truth.")
+    if spaces is not None and snapshot is not None:
+        raise UserError("--spaces looks at all frames, --snapshot at an index: give one of them.")
+    if alpha is not None and spaces is None:
+        raise UserError("--alpha is for --spaces with fused.")
 
     import vsearch
-    from vsearch.evaluate import evaluate as run
-    from vsearch.evaluate import read_queries
+    from vsearch import evaluate as judging
 
-    asked = read_queries(queries)
-    engine = vsearch.open(corpus, snapshot)
-    figures = run(engine.search, asked)
-    if as_json:
-        emit(figures)
+    asked = judging.read_queries(queries)
+    if spaces is None:
+        engine = vsearch.open(corpus, snapshot)
+        judged = [judging.Judged.of(engine.search, asked, **_space_of(engine))]
     else:
-        Console().print(figures_table({str(engine.manifest["space"]): figures}))
+        names = [name.strip() for name in spaces.split(",")]
+        judged, engine = _side_by_side(corpus, names, alpha, asked)
+    if page is not None:
+        _write_page(page, corpus, asked, judged, engine)
+    if as_json:
+        figures = [one.figures for one in judged]
+        emit(figures[0] if spaces is None else {"spaces": {f["space"]: f for f in figures}})
+    else:
+        Console().print(figures_table([one.figures for one in judged]))
+
+
+def _side_by_side(
+    corpus: str, names: Sequence[str], alpha: float | None, queries: "list[Query]"
+) -> "tuple[list[Judged], Engine]":
+    """What each space answers, and the engine of the last."""
+    from vsearch.evaluate import Judged
+    from vsearch.spaces import Comparison, check_spaces
+
+    check_spaces(names, alpha)
+    compared = Comparison(corpus, alpha)
+    judged = []
+    for space in names:
+        with console.status(f"asking the {space} space"), compared.engine(space) as engine:
+            judged.append(Judged.of(engine.search, queries, **_space_of(engine)))
+    return judged, engine
+
+
+def _space_of(engine: "Engine") -> dict[str, Any]:
+    return {name: engine.manifest.get(name) for name in ("space", "alpha")}
+
+
+def _write_page(
+    path: Path, corpus: str, queries: "list[Query]", judged: "list[Judged]", engine: "Engine"
+) -> None:
+    from vsearch.decoder import Decoders
+    from vsearch.report import Report
+
+    decoders = Decoders(1)
+    try:
+        with console.status("drawing the page"):
+            page = Report(queries, judged, engine.videos, decoders.picture).html(corpus)
+            path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    finally:
+        decoders.close()
+    console.print(f"The page is in [bold]{escape(str(path))}[/].", highlight=False)
 
 
 @app.command()
@@ -985,8 +1067,8 @@ def demo(
     import vsearch
     from vsearch.build_index import build_index
     from vsearch.demo.world import make_world
-    from vsearch.evaluate import evaluate as run
     from vsearch.evaluate import read_queries
+    from vsearch.spaces import SPACES
 
     world = Path(corpus) / f"world-{seed}-{videos}{'-hard' if difficulty == 'hard' else ''}"
     others = [path for path in Path(corpus).glob("world-*") if path != world]
@@ -1007,24 +1089,28 @@ def demo(
             )
     ingest([str(world)], corpus, models="demo")
     train(corpus)
-    with console.status(
-        "indexing, first CLIP's own vectors to compare with, then the projected ones"
-    ):
-        plain = build_index(corpus, space="clip")
-        projected = build_index(corpus, space="projected")
+    with console.status("indexing"):
+        build_index(corpus)
     queries = read_queries(str(world / "truth.jsonl"))
-    figures = {
-        name: run(vsearch.open(corpus, summary.snapshot).search, queries)
-        for name, summary in (("projected DINO", projected), ("plain CLIP", plain))
-    }
+    judged, _ = _side_by_side(corpus, SPACES, None, queries)
     engine = vsearch.open(corpus)
     out = console if as_json else Console()
     shown = [q for q in queries if q.group in ("seen", "unseen")][:: max(1, len(queries) // 6)]
     for query in shown:
         out.print(results_table(engine.search(query.text, limit=3), world))
+    figures = [space.figures for space in judged]
     out.print(figures_table(figures))
     if as_json:
-        emit({"evaluation": {**figures["projected DINO"], "plain_clip": figures["plain CLIP"]}})
+        projected, plain, *rest = figures
+        emit(
+            {
+                "evaluation": {
+                    **projected,
+                    "plain_clip": plain,
+                    **{found["space"]: found for found in rest},
+                }
+            }
+        )
     if with_page:
         serve(corpus, port=port)
     else:

@@ -126,17 +126,33 @@ def check_index_options(
     space: str = "projected",
     rows: str = "moments",
     min_recall: float = MIN_RECALL,
+    alpha: float | None = None,
 ) -> None:
     """Raises `UserError` for an index that cannot be made."""
     for name, value, known in (
         ("kind", kind, ("auto", "flat", "ivfpq")),
-        ("space", space, ("projected", "clip")),
+        ("space", space, ("projected", "clip", "fused")),
         ("rows", rows, ("moments", "frames")),
     ):
         if value not in known:
             raise UserError(f"There is no --{name} {value!r}; choose one of {', '.join(known)}.")
     if not 0 < min_recall <= 1:
         raise UserError(f"--min-recall must lie above 0 and not above 1, not {min_recall:g}.")
+    if alpha is not None:
+        check_alpha(alpha)
+        if space != "fused":
+            raise UserError(f"--alpha is for --space fused, not for {space}.")
+
+
+def space_name(space: str, alpha: float | None) -> str:
+    """A space for people, with the projected share where it is fused."""
+    return space if alpha is None else f"{space} (α {alpha:g})"
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises `UserError` for a share of the projected vector that cannot be."""
+    if not 0 <= alpha <= 1:
+        raise UserError(f"--alpha must lie between 0 and 1, not {alpha:g}.")
 
 
 @dataclass(frozen=True)

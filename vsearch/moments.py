@@ -15,6 +15,8 @@ Seconds = NDArray[np.float64]
 Vectors = NDArray[np.float16]
 Gaps = Sequence[tuple[float, float]]
 
+ALIKE = 0.98
+"""Frames with at least this cosine to the first one of their moment share a row."""
 ROUNDING_S = 1e-6
 """Times that lie no further apart are the same: some were told from another zero."""
 

@@ -5,9 +5,10 @@ part's entry for the manifest. None of them knows of the others, or of Ray. FAIS
 by those that use them: who only starts the tasks does without.
 """
 
+import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -19,18 +20,30 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from vsearch import recall
-from vsearch.corpus import Corpus, vector_matrix
+from vsearch import fusion, recall
+from vsearch.config import TrainConfig, UserError
+from vsearch.corpus import Corpus, newest_projector, vector_matrix
 from vsearch.moments import Gaps, moments_of
+from vsearch.sampling import split_videos
 from vsearch.schema import ROWS
 from vsearch.snapshots import Content, Snapshots, Spans, key_of
+from vsearch.storage import open_url
 
 Entry = dict[str, Any]
 
 TEST_SHARE = 0.05
 """This share of the rows is not trained on: it tells how well a quantizer fits videos that are new."""
+
+SENTENCES = Path(__file__).parent / "sentences.txt"
+"""General sentences, one a line: the text queries on which recall is measured by default."""
+
+TUNING_VIDEOS = 10
+"""Fewer videos show too little for α to be tuned on them alone."""
+
+TUNING_SPANS = 200
+TUNING_PAIRS = 100
+"""α is tuned on at most so many spans, and pairs of frames of each."""
 
 FLAT: Entry = dict.fromkeys(("codes_file", "cells_file", "probe_file", "mean_cosine", "made_with"))
 """What the entry of a shard without codes says of them."""
@@ -39,11 +52,13 @@ FLAT: Entry = dict.fromkeys(("codes_file", "cells_file", "probe_file", "mean_cos
 @dataclass(frozen=True)
 class Recipe:
     """What rows are made of: `projector` is the version of the one in use, None for CLIP's own
-    vectors; `alike` the bound of a moment, None for a row a frame.
+    vectors; `alike` the bound of a moment, None for a row a frame; `alpha` the projected share of a
+    fused vector, None where nothing is fused.
     """
 
     projector: str | None
     alike: float | None
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,12 +85,19 @@ def pieces_of(group: list[Content], spans: Spans) -> list[Piece]:
 
 
 def shard_rows(
-    corpus_url: str, key: str, pieces: list[Piece], gaps: dict[str, Gaps], recipe: Recipe
+    corpus_url: str,
+    key: str,
+    pieces: list[Piece],
+    gaps: dict[str, Gaps],
+    recipe: Recipe,
+    frames_url: str | None = None,
 ) -> Entry:
     """Writes a shard's vectors and rows; gives their entry. `gaps` are those of each video, in stream
-    time.
+    time. `frames_url` is the corpus that has the frames, where that is another one.
     """
     corpus = Corpus(corpus_url)
+    stored = Corpus(frames_url) if frames_url else corpus
+    columns, vectors_of = fusion.mapping(corpus, recipe.projector, recipe.alpha)
     snapshots = Snapshots(corpus)
     if found := snapshots.part(key):
         return found
@@ -84,9 +106,9 @@ def shard_rows(
     pts_s = np.empty(frames, np.float64)
     with tempfile.TemporaryDirectory() as folder:
         of_frames = np.memmap(f"{folder}/frames", np.float16, mode="w+", shape=(frames, dim))
-        for piece, times, part in _read(corpus, pieces, recipe.projector):
+        for piece, times, vectors in _read(stored, pieces, columns):
             place = slice(piece.offset, piece.offset + piece.frames)
-            of_frames[place], pts_s[place] = part, times
+            of_frames[place], pts_s[place] = vectors_of(*vectors), times
         table, mean = _write_rows(
             pieces, gaps, pts_s, of_frames, recipe.alike, Path(folder) / "vectors"
         )
@@ -136,26 +158,15 @@ def _edges(pieces: list[Piece]) -> list[int]:
     return [*firsts.values(), pieces[-1].offset + pieces[-1].frames]
 
 
-def _projection(
-    corpus: Corpus, projector: str | None
-) -> tuple[str, Callable[[NDArray[np.float16]], NDArray[np.float16]]]:
-    if projector is None:
-        return "clip", lambda vectors: vectors
-    from vsearch.projector import projection
-
-    return projection(corpus, projector)
-
-
 def _read(
-    corpus: Corpus, pieces: list[Piece], projector: str | None
-) -> Iterator[tuple[Piece, Any, Any]]:
-    """(piece, times (n,), vectors (n, dim)) of each span."""
-    column, project = _projection(corpus, projector)
+    corpus: Corpus, pieces: list[Piece], columns: list[str]
+) -> Iterator[tuple[Piece, Any, list[Any]]]:
+    """(piece, times (n,), the vectors (n, …) of each column) of each span."""
     by_file: dict[str, dict[str, Piece]] = {}
     for piece in pieces:
         by_file.setdefault(piece.file, {})[piece.span_id] = piece
     for file, wanted in by_file.items():
-        table = pa.concat_tables(corpus.frames(file, ["span_id", "pts_s", column]))
+        table = pa.concat_tables(corpus.frames(file, ["span_id", "pts_s", *columns]))
         ids = table["span_id"].to_numpy(zero_copy_only=False)
         for span, piece in wanted.items():
             rows = np.flatnonzero(ids == span)
@@ -164,7 +175,80 @@ def _read(
                     f"{file} holds {len(rows)} frames of span {span}, not {piece.frames}"
                 )
             part = table.take(pa.array(rows))
-            yield piece, part["pts_s"].to_numpy(), project(vector_matrix(part[column]))
+            yield piece, part["pts_s"].to_numpy(), [vector_matrix(part[c]) for c in columns]
+
+
+def read_sentences(path: str | None = None) -> list[str]:
+    """The text queries of a file, at any fsspec URL; by default the general ones."""
+    try:
+        with open_url(path or str(SENTENCES)) as file:
+            lines = file.read().decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The sentences in {path} cannot be read: {error}.") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"{path} holds no sentences: one a line is expected.")
+    return found
+
+
+def projector_for(corpus: Corpus, space: str) -> str | None:
+    """The version of the projector that a space needs, the newest. Raises `UserError` where the corpus
+    cannot have the space.
+    """
+    share = corpus.config.pairs
+    if space in ("clip", "fused") and share < 1:
+        raise UserError(
+            f"The corpus at {corpus.url} has CLIP vectors for a share of {share:g} of its spans only "
+            f"(--pairs): the {space} space cannot be had, use --space projected."
+        )
+    if space == "clip":
+        return None
+    newest = newest_projector(corpus)
+    if newest is None:
+        raise UserError(
+            f"The corpus at {corpus.url} has no projector yet: run 'vsearch train' first."
+        )
+    return newest[0]
+
+
+def validation_pieces(
+    corpus: Corpus, projector: str, videos: list[Content], spans: Spans
+) -> list[Piece]:
+    """Spans on which α is tuned: at most `TUNING_SPANS`, evenly of the videos that a projector was not
+    trained on; of all videos, where there are fewer than `TUNING_VIDEOS` of those.
+    """
+    record = json.loads(corpus.read(f"projector/{projector}/config.json"))
+    share = record.get("training", {}).get("validation", TrainConfig().validation)
+    held_out = split_videos([content.video_id for content in videos], share)
+    chosen = [content for content in videos if content.video_id in held_out]
+    if len(chosen) < TUNING_VIDEOS:
+        chosen = videos
+    pieces = pieces_of(chosen, spans)
+    few = np.linspace(0, len(pieces) - 1, min(len(pieces), TUNING_SPANS)).astype(int)
+    return [pieces[place] for place in few]
+
+
+def tune_alpha(corpus_url: str, projector: str, pieces: list[Piece], sentences: list[str]) -> Entry:
+    """The `alpha` of a fused space, the number of `pairs` of frames that it was tuned on, and the
+    `curve` that it was chosen from.
+    """
+    from vsearch.encoders import ClipEncoder
+
+    corpus = Corpus(corpus_url)
+    columns, project = fusion.mapping(corpus, projector, None)
+    found: list[tuple[Any, ...]] = []
+    for _, times, (dino, clip) in _read(corpus, pieces, [*columns, "clip"]):
+        now, then = fusion.pairs(times)
+        few = np.linspace(0, len(now) - 1, min(len(now), TUNING_PAIRS)).astype(int)
+        if len(few):
+            found.append(tuple(x[frames[few]] for frames in (now, then) for x in (dino, clip)))
+    curve: list[tuple[float, float]] = []
+    if found:
+        text = ClipEncoder.recorded(corpus.config.clip).encode_text(sentences)
+        dino, clip, dino_then, clip_then = map(np.concatenate, zip(*found, strict=True))
+        curve = fusion.foretold((project(dino), clip), (project(dino_then), clip_then), text)
+    count = sum(len(part[0]) for part in found)
+    return {"alpha": fusion.tuned(curve), "pairs": count, "curve": curve}
 
 
 def shard_sample(corpus_url: str, shard: Entry, count: int) -> tuple[Any, Any]:

@@ -138,30 +138,33 @@ class PictureEncoder:
     """Vectors of pictures in the space of an index, near those of frames that show the same."""
 
     def __init__(
-        self, corpus: "Corpus", projector: str | None, clip: "ClipEncoder | None" = None
+        self,
+        corpus: "Corpus",
+        projector: str | None,
+        clip: "ClipEncoder | None" = None,
+        alpha: float | None = None,
     ) -> None:
-        """`projector` is that of the snapshot's manifest, None where its space is CLIP's own, for
-        which `clip` is needed. Raises `UserError` if DINO's weights are not those that the corpus was
-        made with.
+        """`projector` and `alpha` are those of the snapshot's manifest, None where its space is CLIP's
+        own, or not fused; `clip` is needed for all but the projected space. Raises `UserError` if
+        DINO's weights are not those that the corpus was made with.
         """
         from vsearch.encoders import DinoEncoder
-        from vsearch.projector import projection
+        from vsearch.fusion import mapping
 
-        self._input_px, self._clip = corpus.config.input_px, clip
-        self._dino = None
+        self._input_px = corpus.config.input_px
+        self._encoders: list[DinoEncoder | ClipEncoder] = []
         if projector is not None:
-            self._dino = DinoEncoder.recorded(corpus.config.dino)
-            _, self._project = projection(corpus, projector)
+            self._encoders.append(DinoEncoder.recorded(corpus.config.dino))
+        if projector is None or alpha is not None:
+            assert clip is not None
+            self._encoders.append(clip)
+        _, self._vectors_of = mapping(corpus, projector, alpha)
 
     def encode(self, picture: Pixels) -> NDArray[np.float32]:
         """The unit vector (dim,) of a picture uint8 (height, width, 3) RGB, scaled as a frame is."""
         frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
         pixels = np.require(to_rgb(frame, self._input_px)[None], requirements=["C", "W"])
-        if self._dino is None:
-            assert self._clip is not None
-            vector = self._clip.encode_images(pixels)[0].cpu().numpy()
-        else:
-            dino = self._dino.encode_images(pixels).half().cpu().numpy()
-            vector = self._project(dino)[0].astype(np.float32)
+        vectors = [encoder.encode_images(pixels).half().cpu().numpy() for encoder in self._encoders]
+        vector = self._vectors_of(*vectors)[0].astype(np.float32)
         unit: NDArray[np.float32] = vector / np.linalg.norm(vector)
         return unit

@@ -116,3 +116,17 @@ def projection(
         return projected
 
     return "dino", project
+
+
+def untrained(projector: Projector, seed: int) -> Projector:
+    """A projector as it was before its training: the same form and statistics of the input, and fresh
+    weights.
+    """
+    fresh = Projector(**projector.sizes)
+    fresh.load_state_dict(projector.state_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in fresh.net.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+    return fresh.eval()

@@ -30,7 +30,7 @@ Name = tuple[str, ...]
 Line = tuple[Floats, Floats | None]
 """Windows, and what the line says of highlights."""
 
-THRESHOLDS = np.array([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95])
+THRESHOLDS = scoring.IOUS
 RANGES = {"full": (-math.inf, math.inf), "long": (30, 150), "middle": (10, 30), "short": (0, 10)}
 """Lengths of true windows in seconds: above the first, up to the second."""
 PREDICTED = 10
@@ -117,7 +117,6 @@ def _moments(cases: Sequence[Case]) -> dict[Name, Floats]:
         first = np.where(count > 0, _first_iou(listed[:, 0], nearest), np.nan)
         five = np.where(count > 0, near.max(axis=(1, 2)), np.nan)
         gain = scoring.ndcg(right, count)
-        error = np.abs(listed[:, 0] - nearest).mean(axis=1)
         for i, threshold in enumerate(THRESHOLDS):
             columns[name, "MR-mAP", str(threshold)] = precision[:, i]
             columns[name, "MR-R1", str(threshold)] = _reached(first, threshold)
@@ -125,7 +124,7 @@ def _moments(cases: Sequence[Case]) -> dict[Name, Floats]:
                 columns[name, "MR-R5", str(threshold)] = _reached(five, threshold)
                 columns[name, "MR-NDCG@10", str(threshold)] = gain[:, i]
         columns[name, "MR-mAP", "average"] = precision.mean(axis=1)
-        columns[name, BOUNDARY] = np.where(first >= 0.5, error, np.nan)
+        columns[name, BOUNDARY] = scoring.boundary_error_s(listed[:, 0], nearest, first)
     return columns
 
 

@@ -148,3 +148,15 @@ class FrameSampler:
             return False
         self._last_interval = interval
         return True
+
+
+def split_videos(video_ids: list[str], share: float) -> set[str]:
+    """The videos kept for validation: about `share` of them, drawn by their ids, so that a video
+    stays on its side as the corpus grows; at least one, if there are two.
+    """
+    draw = {v: int(hashlib.sha256(v.encode()).hexdigest()[:8], 16) / 2**32 for v in video_ids}
+    ranked = sorted(draw, key=lambda video: draw[video])
+    if len(ranked) < 2:
+        return set()
+    wanted = sum(value < share for value in draw.values())
+    return set(ranked[: min(max(1, wanted), len(ranked) - 1)])

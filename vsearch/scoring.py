@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
+IOUS = np.array([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95])
+"""The thresholds over which a mean average precision is averaged."""
+BOUNDARY_IOU = 0.5
+"""Boundaries are compared where a window and a true one overlap so much."""
+
 LEVEL = 0.95
 RESAMPLES = 1000
 SEED = 0
@@ -59,6 +64,14 @@ def interpolated_precision(right: Bools, moments: NDArray[np.int64]) -> Floats:
     precision = right.cumsum(axis=2) / np.arange(1, right.shape[2] + 1)
     best = np.maximum.accumulate(precision[:, :, ::-1], axis=2)[:, :, ::-1]
     return _share((best * right).sum(axis=2), moments[:, None])
+
+
+def boundary_error_s(found: Floats, truth: Floats, iou: Floats) -> Floats:
+    """Mean distance in seconds (queries,) of start and of end between windows (queries, 2) and true ones
+    (queries, 2); NaN where their IoU (queries,) does not reach `BOUNDARY_IOU`.
+    """
+    error = np.abs(found - truth).mean(axis=1)
+    return np.where(iou >= BOUNDARY_IOU, error, np.nan)
 
 
 def ndcg(right: Bools, moments: NDArray[np.int64]) -> Floats:

@@ -435,8 +435,9 @@ class Engine:
         """What turns pictures into vectors of the index' space, loaded at the first one."""
         from vsearch.pictures import PictureEncoder
 
-        projector = self.manifest["projector"]
-        return PictureEncoder(self.corpus, projector, None if projector else self.encoder)
+        projector, alpha = self.manifest["projector"], self.manifest.get("alpha")
+        clip = self.encoder if projector is None or alpha is not None else None
+        return PictureEncoder(self.corpus, projector, clip, alpha)
 
     def _load(self, number: int, known: dict[str, Shard]) -> tuple[Shard, _Timeline]:
         entry = self.manifest["shards"][number]

@@ -22,6 +22,8 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from vsearch.config import space_name
+
 if TYPE_CHECKING:
     from vsearch import build_index, ingest
     from vsearch.clips import Cut
@@ -223,19 +225,32 @@ def clip_line(done: "Cut") -> str:
     return "; ".join(kinds)
 
 
-def figures_table(figures: dict[str, dict[str, Any]]) -> Table:
-    """The metrics of `evaluate`, by space and by group of sentences, with their intervals."""
-    names = ["queries", "R1@0.5", "R1@0.7", "R5@0.5", "mAP", "AUROC"]
+OF_GROUPS = ("R1@0.5", "R5@0.5", "mAP", "FPR", "negation")
+"""What is shown of a group of sentences."""
+
+
+def figures_table(spaces: list[dict[str, Any]]) -> Table:
+    """The figures of `evaluate.Judged` side by side, with their intervals; some also by group of
+    sentences.
+    """
+    from vsearch.evaluate import FIGURES
+
     table = Table(title="Retrieval against the known truth", title_justify="left")
-    for heading in ("space", "sentences", *names):
-        table.add_column(heading, justify="left" if heading in ("space", "sentences") else "right")
-    for space, figure in figures.items():
-        rows = {"all": figure, **figure.get("groups", {})}
-        for group, values in rows.items():
-            if group != "nothing":
-                cells = [_figure_cell(values.get(n), values["intervals"].get(n)) for n in names]
-                table.add_row(space if group == "all" else "", group, *cells)
-        table.caption = _bootstrap_line(figure["bootstrap"])
+    table.add_column("sentences")
+    table.add_column("figure")
+    for figures in spaces:
+        table.add_column(space_name(figures["space"], figures["alpha"]), justify="right")
+    first = spaces[0]
+    for group in (None, *first.get("groups", {})):
+        of_group = [f if group is None else f["groups"][group] for f in spaces]
+        title = f"{'all' if group is None else escape(group)}\n[dim]{of_group[0]['queries']}[/]"
+        table.add_section()
+        for name in FIGURES if group is None else OF_GROUPS:
+            if any(name in values for values in of_group):
+                cells = [_short_cell(values, name) for values in of_group]
+                table.add_row(title, name, *cells)
+                title = ""
+    table.caption = _bootstrap_line(first["bootstrap"])
     return table
 
 
@@ -267,6 +282,13 @@ def _at(figures: dict[str, Any], path: tuple[str, ...]) -> Any:
     return found
 
 
+def _short_cell(figures: dict[str, Any], name: str) -> str:
+    """A figure of `evaluate` with three digits, and below it its interval."""
+    bounds = figures["intervals"].get(name)
+    value = round(figures[name], 3) if name in figures else None
+    return _figure_cell(value, [round(bound, 3) for bound in bounds] if bounds else None)
+
+
 def _figure_cell(value: float | None, bounds: list[float] | None) -> str:
     """A figure, and below it its interval."""
     if value is None:
@@ -289,7 +311,7 @@ def index_summary_line(summary: "build_index.IndexSummary") -> str:
     )
     return (
         f"snapshot [bold]{summary.snapshot}[/] ({made}): {summary.kind}, {summary.rows} rows for "
-        f"{summary.frames} frames, {summary.space} space"
+        f"{summary.frames} frames, {space_name(summary.space, summary.alpha)} space"
     )
 
 
@@ -343,7 +365,7 @@ def snapshots_table(manifests: list[dict[str, Any]], current: str) -> Table:
             "▶" if manifest["version"] == current else "",
             manifest["version"],
             manifest["kind"],
-            manifest["space"],
+            space_name(manifest["space"], manifest.get("alpha")),
             str(manifest["rows"]),
             str(manifest["frames"]),
             str(len(manifest["shards"])),

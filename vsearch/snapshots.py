@@ -15,9 +15,9 @@ import hashlib
 import json
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from vsearch.config import GRACE_HOURS, KEPT_SNAPSHOTS, DamagedIndexError, UserError
 from vsearch.corpus import Corpus
 from vsearch.coverage import VideoState
-from vsearch.schema import SpanRecord
+from vsearch.schema import SNAPSHOT_VIDEOS, SpanRecord
 from vsearch.storage import persist, sha256
 
 FORMAT_VERSION = 2
@@ -134,6 +134,25 @@ def content_of(video_id: str, spans: Spans) -> Content:
     mine = [span for _, span in spans[video_id]]
     generation = key_of([[s.span_id, s.attempts, s.ended, s.quarantined, s.gaps] for s in mine])
     return Content(video_id, generation, sum(span.frames for span in mine))
+
+
+def videos_table(
+    states: Sequence[VideoState], contents: Sequence[Content], shards: Mapping[Content, int]
+) -> pa.Table:
+    """The videos of a snapshot, as `SNAPSHOT_VIDEOS`, by the shards that their rows are in."""
+    rows = [
+        {
+            **asdict(content),
+            "shard": shards[content],
+            **{name: getattr(state, name) for name in _STATE_COLUMNS},
+            "tags": sorted(state.tags.items()),
+        }
+        for state, content in zip(states, contents, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=SNAPSHOT_VIDEOS)
+
+
+_STATE_COLUMNS = ("uri", "copies", "zero_s", "duration_s", "recorded_at", "recorded_at_source")
 
 
 class Snapshots:

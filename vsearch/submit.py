@@ -97,7 +97,7 @@ def check(arguments: dict[str, Any]) -> list[str]:
         Sampling(fps=arguments["fps"], max_change=arguments["max_change"])
         name_clock(arguments["time_pattern"])
         check_pairs(arguments["pairs"])
-    names = ("kind", "space", "rows", "min_recall")
+    names = ("kind", "space", "rows", "min_recall", "alpha")
     check_index_options(**{name: arguments[name] for name in names if name in arguments})
     shared = []
     for what, place in _places(arguments):

@@ -27,6 +27,7 @@ from vsearch import runtime
 from vsearch.config import TrainConfig, UserError
 from vsearch.corpus import Corpus, newest_projector, vector_matrix
 from vsearch.placement import train_words
+from vsearch.sampling import split_videos
 from vsearch.schema import SpanRecord
 
 if TYPE_CHECKING:
@@ -125,18 +126,6 @@ def _fit(training: dict[str, Any]) -> None:
     from ray.train.torch import TorchTrainer
 
     TorchTrainer(_train_loop, **training).fit()
-
-
-def split_videos(video_ids: list[str], share: float) -> set[str]:
-    """The videos kept for validation: about `share` of them, drawn by their ids, so that a video
-    stays on its side as the corpus grows; at least one, if there are two.
-    """
-    draw = {v: int(hashlib.sha256(v.encode()).hexdigest()[:8], 16) / 2**32 for v in video_ids}
-    ranked = sorted(draw, key=lambda video: draw[video])
-    if len(ranked) < 2:
-        return set()
-    wanted = sum(value < share for value in draw.values())
-    return set(ranked[: min(max(1, wanted), len(ranked) - 1)])
 
 
 def _run_storage(corpus: Corpus) -> dict[str, Any]:

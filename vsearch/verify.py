@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from vsearch.config import UserError
 from vsearch.corpus import Corpus, span_record, vector_matrix
+from vsearch.fusion import mapping
 from vsearch.index import Shard
-from vsearch.projector import Projector, projection
+from vsearch.projector import Projector
 from vsearch.schema import ROWS, SPANS, VIDEOS, SpanRecord, frames_schema
 from vsearch.snapshots import Snapshots, Spans, content_of, files_of, spans_by_video
 
@@ -209,14 +210,12 @@ def _check_rows(
     spans: Spans,
 ) -> None:
     """The rows of a video against the frames that they stand for, projected anew."""
-    column, project = "clip", None
-    if manifest["projector"]:
-        column, project = projection(corpus, manifest["projector"])
+    columns, vectors_of = mapping(corpus, manifest["projector"], manifest.get("alpha"))
     parts = [
         table.filter(pc.equal(table["span_id"], span.span_id))
         for file, span in spans[video_id]
         if span.frames
-        for table in corpus.frames(file, ["span_id", "pts_s", column])
+        for table in corpus.frames(file, ["span_id", "pts_s", *columns])
     ]
     table = pa.concat_tables(parts)
     chosen = np.flatnonzero(pc.equal(rows["video_id"].cast(pa.string()), video_id).to_numpy())
@@ -224,8 +223,7 @@ def _check_rows(
         rows["start_s"].to_numpy()[chosen], table["pts_s"].to_numpy(), side="right"
     )
     counts = np.bincount(row_of_frame, minlength=len(chosen) + 1)[1:]
-    vectors = vector_matrix(table[column])
-    vectors = np.asarray(project(vectors) if project else vectors, np.float32)
+    vectors = np.asarray(vectors_of(*(vector_matrix(table[c]) for c in columns)), np.float32)
     if (counts == rows["frames"].to_numpy()[chosen]).all():
         means = np.add.reduceat(vectors, np.append(0, counts.cumsum()[:-1]), axis=0)
         means /= np.linalg.norm(means, axis=1, keepdims=True)
