@@ -21,6 +21,7 @@ import ray
 
 import vsearch
 from vsearch import parts, recall, runtime
+from vsearch.confidence import Calibration
 from vsearch.config import MIN_RECALL, UserError, check_index_options
 from vsearch.corpus import Corpus, newest_projector
 from vsearch.coverage import VideoState
@@ -45,6 +46,9 @@ from vsearch.storage import open_url
 
 ALIKE = 0.98
 """Frames with at least this cosine to the first one of their moment share a row."""
+
+CUT = 0.75
+"""Neighbouring frames whose DINO vectors have less cosine than this lie in two shots."""
 
 SHARD_FRAMES = 5_000_000
 SENTENCES = Path(__file__).parent / "sentences.txt"
@@ -108,7 +112,7 @@ def build_index(
     sentences = _sentences(queries)
     corpus = Corpus(corpus_url)
     snapshots = Snapshots(corpus)
-    recipe = parts.Recipe(_projector(corpus, space), ALIKE if rows == "moments" else None)
+    recipe = parts.Recipe(_projector(corpus, space), ALIKE if rows == "moments" else None, CUT)
     spans = spans_by_video(corpus)
     states = [state for state in corpus.states() if state.video_id in spans]
     if not states:
@@ -148,6 +152,7 @@ def build_index(
                 quantizer |= {"imbalance": tuning["imbalance"]}
         else:
             shards = [shard | parts.FLAT for shard in shards]
+        made_up, shards = _make_best_scores(tasks, corpus, shards, report)
     places = {c: n for n, shard in enumerate(kept) for c in shard.contents & set(contents)}
     places |= {c: n for n, group in enumerate(groups, len(kept)) for c in group}
     manifest = {
@@ -171,6 +176,8 @@ def build_index(
         "quantizer": quantizer,
         "queries": asked_queries,
         "tuning": tuning,
+        "made_up": made_up,
+        "calibration": _calibration(made_up, shards).as_json(),
         "shards": shards,
         "built_from": built_from,
     }
@@ -221,7 +228,7 @@ def _facts(state: VideoState) -> list[Any]:
 def _continues(parent: dict[str, Any], recipe: parts.Recipe, shard_frames: int) -> bool:
     """Whether shards of a snapshot can be part of the next."""
     asked = asdict(recipe) | {"shard_frames": shard_frames}
-    return all(parent[name] == value for name, value in asked.items())
+    return all(parent.get(name) == value for name, value in asked.items())
 
 
 def _stored(snapshots: Snapshots, base: dict[str, Any]) -> list[StoredShard]:
@@ -378,6 +385,35 @@ def _make_codes(
     ]
     made = dict(zip(todo, _finished(jobs, "codes", report), strict=True))
     return [made.get(n, shard) | {"made_with": made_with} for n, shard in enumerate(shards)]
+
+
+# ── how sure answers are ─────────────────────────────────────────────────────────────────────────
+
+
+def _make_best_scores(
+    tasks: _Tasks, corpus: Corpus, shards: list[dict[str, Any]], report: Report
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The made-up sentences, and the entries of the shards with what these score there. They are made of
+    the general sentences, whatever recall is measured on: one's own may all be answered.
+    """
+    sentences = _sentences(None)
+    key = key_of("made up", sentences, asdict(corpus.config.clip))
+    made_up = Snapshots(corpus).part(key) or ray.get(
+        tasks.of(parts.made_up_sentences)(corpus.url, key, sentences)
+    )
+    todo = [n for n, shard in enumerate(shards) if shard.get("best_of") != key]
+    best_scores = tasks.of(parts.best_scores)
+    jobs = [best_scores(corpus.url, shards[n], made_up) for n in todo]
+    made = dict(zip(todo, _finished(jobs, "confidence", report), strict=True))
+    return made_up, [
+        shard | {"best_of": key, "best": made[n]} if n in made else shard
+        for n, shard in enumerate(shards)
+    ]
+
+
+def _calibration(made_up: dict[str, Any], shards: list[dict[str, Any]]) -> Calibration:
+    best = np.max([shard["best"] for shard in shards], axis=0)
+    return Calibration.of(np.asarray(made_up["general"], np.float32), made_up["shares"], best)
 
 
 # ── what a snapshot tells ────────────────────────────────────────────────────────────────────────

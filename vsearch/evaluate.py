@@ -162,7 +162,7 @@ def evaluate(
     for query in queries:
         found = search(query.text, ANSWERS)
         answers.append(
-            [(Moment(Path(s.video).name, s.start_s, s.end_s), float(s.score)) for s in found]
+            [(Moment(Path(s.video).name, s.start_s, s.end_s), _strength(s)) for s in found]
         )
     result = _judged(queries, answers) | {"bootstrap": scoring.BOOTSTRAP}
     groups = sorted({query.group for query in queries if query.group})
@@ -175,6 +175,12 @@ def evaluate(
             for group in groups
         }
     return result
+
+
+def _strength(segment: Any) -> float:
+    """Confidence, which means the same for all sentences; the score where an index does not tell it."""
+    confidence = getattr(segment, "confidence", None)
+    return float(segment.score if confidence is None else confidence)
 
 
 def _judged(queries: Sequence[Query], answers: Sequence[Answers]) -> dict[str, Any]:

@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vsearch import recall
+from vsearch import confidence, recall
 from vsearch.corpus import Corpus, vector_matrix
-from vsearch.moments import Gaps, moments_of
+from vsearch.moments import Gaps, moments_of, shots_of
 from vsearch.schema import ROWS
 from vsearch.snapshots import Content, Snapshots, Spans, key_of
 
@@ -39,11 +39,12 @@ FLAT: Entry = dict.fromkeys(("codes_file", "cells_file", "probe_file", "mean_cos
 @dataclass(frozen=True)
 class Recipe:
     """What rows are made of: `projector` is the version of the one in use, None for CLIP's own
-    vectors; `alike` the bound of a moment, None for a row a frame.
+    vectors; `alike` the bound of a moment, None for a row a frame; `cut` that between shots.
     """
 
     projector: str | None
     alike: float | None
+    cut: float
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,19 @@ def shard_rows(
     snapshots = Snapshots(corpus)
     if found := snapshots.part(key):
         return found
-    dim = corpus.config.clip.dim
+    config = corpus.config
     frames = sum(piece.frames for piece in pieces)
     pts_s = np.empty(frames, np.float64)
     with tempfile.TemporaryDirectory() as folder:
-        of_frames = np.memmap(f"{folder}/frames", np.float16, mode="w+", shape=(frames, dim))
-        for piece, times, part in _read(corpus, pieces, recipe.projector):
+        of_frames, dino = (
+            np.memmap(f"{folder}/{name}", np.float16, mode="w+", shape=(frames, dim))
+            for name, dim in (("frames", config.clip.dim), ("dino", config.dino.dim))
+        )
+        for piece, times, part, seen in _read(corpus, pieces, recipe.projector):
             place = slice(piece.offset, piece.offset + piece.frames)
-            of_frames[place], pts_s[place] = part, times
+            of_frames[place], dino[place], pts_s[place] = part, seen, times
         table, mean = _write_rows(
-            pieces, gaps, pts_s, of_frames, recipe.alike, Path(folder) / "vectors"
+            pieces, gaps, pts_s, of_frames, dino, recipe, Path(folder) / "vectors"
         )
         pq.write_table(table, f"{folder}/rows", compression="zstd")
         return snapshots.finish(
@@ -108,7 +112,8 @@ def _write_rows(
     gaps: dict[str, Gaps],
     pts_s: Any,
     of_frames: Any,
-    alike: float | None,
+    dino: Any,
+    recipe: Recipe,
     path: Path,
 ) -> tuple[pa.Table, list[float]]:
     """Writes the vectors of the rows; gives the rows, and the mean of the frames' vectors."""
@@ -118,12 +123,17 @@ def _write_rows(
     with path.open("wb") as file:
         for number, (first, stop) in enumerate(pairwise(_edges(pieces))):
             mine = slice(first, stop)
-            for found in moments_of(pts_s[mine], of_frames[mine], gaps[videos[number]], alike):
+            shots = shots_of(pts_s[mine], dino[mine], recipe.cut)
+            for found in moments_of(
+                pts_s[mine], of_frames[mine], gaps[videos[number]], recipe.alike, shots=shots
+            ):
                 file.write(np.ascontiguousarray(found.vectors).tobytes())
                 total += np.asarray(found.vectors, np.float64).T @ found.frames
                 place = np.full(len(found.frames), number, np.int32)
                 video = pa.DictionaryArray.from_arrays(pa.array(place), pa.array(videos))
-                columns = [video, found.start_s, found.end_s, found.best_s, found.frames]
+                columns = [
+                    video, found.start_s, found.end_s, found.best_s, found.frames, found.shots
+                ]  # fmt: skip
                 tables.append(pa.table(columns, schema=ROWS))
     return pa.concat_tables(tables), (total / len(pts_s)).tolist()
 
@@ -148,14 +158,14 @@ def _projection(
 
 def _read(
     corpus: Corpus, pieces: list[Piece], projector: str | None
-) -> Iterator[tuple[Piece, Any, Any]]:
-    """(piece, times (n,), vectors (n, dim)) of each span."""
+) -> Iterator[tuple[Piece, Any, Any, Any]]:
+    """(piece, times (n,), vectors (n, dim), DINO's vectors (n, dino dim)) of each span."""
     column, project = _projection(corpus, projector)
     by_file: dict[str, dict[str, Piece]] = {}
     for piece in pieces:
         by_file.setdefault(piece.file, {})[piece.span_id] = piece
     for file, wanted in by_file.items():
-        table = pa.concat_tables(corpus.frames(file, ["span_id", "pts_s", column]))
+        table = pa.concat_tables(corpus.frames(file, sorted({"span_id", "pts_s", "dino", column})))
         ids = table["span_id"].to_numpy(zero_copy_only=False)
         for span, piece in wanted.items():
             rows = np.flatnonzero(ids == span)
@@ -164,7 +174,9 @@ def _read(
                     f"{file} holds {len(rows)} frames of span {span}, not {piece.frames}"
                 )
             part = table.take(pa.array(rows))
-            yield piece, part["pts_s"].to_numpy(), project(vector_matrix(part[column]))
+            dino = vector_matrix(part["dino"])
+            vectors = dino if column == "dino" else vector_matrix(part[column])
+            yield piece, part["pts_s"].to_numpy(), project(vectors), dino
 
 
 def shard_sample(corpus_url: str, shard: Entry, count: int) -> tuple[Any, Any]:
@@ -274,6 +286,41 @@ def shard_codes(
             probe = snapshots.finish(probe_key, {"probe_file": file})
     made = {name: value for name, value in (codes | probe).items() if name != "key"}
     return shard | made
+
+
+def made_up_sentences(corpus_url: str, key: str, sentences: list[str]) -> Entry:
+    """The entry of made-up sentences: their vectors, what each has of its own, and the direction that
+    all `sentences` share.
+    """
+    from vsearch.encoders import ClipEncoder
+
+    corpus = Corpus(corpus_url)
+    snapshots = Snapshots(corpus)
+    if found := snapshots.part(key):
+        return found
+    encoder = ClipEncoder.recorded(corpus.config.clip)
+    direction = confidence.general(encoder.encode_text(sentences))
+    asked = encoder.encode_text(confidence.made_up(sentences))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sentences.npy"
+        np.save(path, asked, allow_pickle=False)
+        entry = {
+            "general": direction.astype(np.float64).tolist(),
+            "shares": confidence.own_share(asked, direction).astype(np.float64).tolist(),
+            "sentences_file": snapshots.put(key, ".npy", path),
+        }
+        return snapshots.finish(key, entry)
+
+
+def best_scores(corpus_url: str, shard: Entry, made_up: Entry) -> list[float]:
+    """The score of a shard's best row for each made-up sentence, exactly."""
+    from vsearch.index import exact_search
+
+    snapshots = Snapshots(Corpus(corpus_url))
+    asked = np.load(snapshots.path(made_up["sentences_file"]), allow_pickle=False)
+    with _vectors(snapshots, shard) as vectors:
+        scores, _ = exact_search(vectors, asked, 1)
+    return [round(score, 5) for score in scores[:, 0].tolist()]
 
 
 def measure(
