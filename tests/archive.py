@@ -75,14 +75,17 @@ def add_video(
     towards: NDArray[np.float64] | None = None,
     times_s: NDArray[np.float64] | None = None,
     lacking: Collection[int] = (),
+    dino: NDArray[np.float16] | None = None,
     **values: Any,
 ) -> None:
     """Adds a video of ten frames a second, whose content is named by it, with its frames; `times_s`
-    (frames,) are other times of them. The spans in `lacking` are not stored.
+    (frames,) are other times of them. The spans in `lacking` are not stored. DINO's vectors (frames, 8)
+    are all 0 unless given.
     """
     corpus.require(config())
     clip = vectors_of(f"{name}{attempts}", frames, towards)
     times_s = np.arange(frames) / 10 if times_s is None else times_s
+    seen = np.zeros((frames, 8), np.float16) if dino is None else dino
     span_of = (times_s * 10 / SPAN + 1e-9).astype(int).tolist()
     records, tables = [], []
     for number in sorted({*range(span_of[-1] + 1)} - {*lacking}):
@@ -99,7 +102,7 @@ def add_video(
             pa.array([number] * len(part), pa.int32()),
             pa.array(range(len(part)), pa.int32()),
             pa.array(pts_s),
-            pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(8 * len(part), np.float16)), 8),
+            pa.FixedSizeListArray.from_arrays(pa.array(seen[mine].reshape(-1)), 8),
             pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), clip.shape[1]),
         ]
         tables.append(pa.table(columns, schema=frames_schema(8, clip.shape[1])))

@@ -87,6 +87,59 @@ def test_a_repeated_build_does_nothing_and_a_snapshot_is_whole(corpus: Corpus) -
     assert not verify(corpus.url).damaged and not verify(corpus.url).orphans
 
 
+def test_a_segment_ends_at_a_cut_that_dino_sees(corpus: Corpus) -> None:
+    direction = np.random.default_rng(1).standard_normal(config().clip.dim)
+    direction /= np.linalg.norm(direction)
+    dino = np.repeat(np.eye(8, dtype=np.float16)[:2], [150, 250], axis=0)
+    add_video(corpus, "whole", towards=direction)
+    add_video(corpus, "cut", towards=direction, dino=dino)
+    for rows in ("frames", "moments"):
+        build(corpus, rows=rows)
+        found = vsearch.open(corpus.url).search_vector(direction.astype(np.float32), 20)
+        mine = {
+            name: [s for s in found if s.video == f"/videos/{name}.mp4"]
+            for name in ("whole", "cut")
+        }
+        assert [(s.start_s, s.end_s) for s in mine["whole"]] == [(0.0, 40.0)]
+        assert sorted((s.start_s, s.end_s) for s in mine["cut"]) == [(0.0, 15.0), (15.0, 40.0)]
+    assert not verify(corpus.url).damaged
+
+
+def made_up_of(corpus: Corpus) -> tuple[float, float]:
+    """Mean and deviation of what made-up sentences keep of their best score, from all vectors."""
+    bank = stage.SENTENCES.read_text().split("\n")
+    bank = [text.strip() for text in bank if text.strip()]
+    third = len(bank) // 3
+    texts = [f"{text}, {bank[(n + third) % len(bank)]}" for n, text in enumerate(bank)]
+    encoder = vsearch.open(corpus.url).encoder
+    asked, known = (encoder.encode_text(t).astype(np.float64) for t in (texts, bank))
+    shared = known.mean(0) / np.linalg.norm(known.mean(0))
+    rows = [np.asarray(s.vectors, np.float64) for s in vsearch.open(corpus.url).index.shards]
+    best = (asked @ np.concatenate(rows).T).max(1)
+    kept = best * np.sqrt(1 - np.maximum(asked @ shared, 0) ** 2)
+    return float(kept.mean()), float(kept.std())
+
+
+def test_an_index_knows_what_made_up_sentences_score_and_an_update_asks_new_shards_only(
+    corpus: Corpus,
+) -> None:
+    build(corpus, shard_frames=800, kind="ivfpq", min_recall=0.1)
+    parts = shards_of(corpus)
+    for expected_new in (False, True):
+        if expected_new:
+            add_video(corpus, "more")
+            build(corpus, shard_frames=800, kind="ivfpq", min_recall=0.1)
+        manifest = Snapshots(corpus).current_manifest()
+        assert manifest
+        told = manifest["calibration"]
+        assert (told["mean"], told["deviation"]) == pytest.approx(made_up_of(corpus), abs=1e-4)
+        assert not verify(corpus.url).damaged and not verify(corpus.url).orphans
+    assert all(shard in shards_of(corpus) for shard in parts)
+    Snapshots(corpus).collect(keep=1, grace_s=0)
+    assert vsearch.open(corpus.url).search("a boat")[0].confidence is not None
+    assert not build(corpus, shard_frames=800, kind="ivfpq", min_recall=0.1).new
+
+
 def test_a_moment_stands_for_the_frames_of_a_shot(corpus: Corpus) -> None:
     summary = build(corpus, rows="moments")
     assert summary.frames == 4000 and summary.rows == 4000 / SHOT

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vsearch.moments import Moments, Stretch, frame_ends, grow, moments_of
+from vsearch.moments import Moments, Stretch, frame_ends, grow, moments_of, shots_of
 
 
 def stretch_of(
@@ -179,7 +179,7 @@ some_films = films()
 
 
 def joined(parts: list[Moments]) -> Moments:
-    names = ("vectors", "start_s", "end_s", "best_s", "frames")
+    names = ("vectors", "start_s", "end_s", "best_s", "frames", "shots")
     return Moments(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
@@ -293,6 +293,48 @@ def test_a_moment_may_be_longer_than_what_is_compared_at_once() -> None:
     vectors = np.repeat(np.eye(2, dtype=np.float16), [1000, 3], axis=0)
     moments = joined(list(moments_of(np.arange(1003.0), vectors, [], 0.97)))
     assert moments.frames.tolist() == [1000, 3]
+
+
+def shots_by_hand(dino: NDArray[np.float16], cut: float, lasting: int) -> list[int]:
+    """The definition, frame by frame."""
+    unit = dino.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    shots = [0]
+    for row in range(1, len(unit)):
+        after = unit[row : row + lasting] @ unit[row - 1]
+        before = unit[max(0, row - lasting) : row] @ unit[row]
+        shots.append(shots[-1] + int(max(after.max(), before.max()) < cut))
+    return shots
+
+
+@given(st.integers(0, 1000), st.integers(1, 60), st.integers(1, 70), st.sampled_from([2, 6, 10]))
+def test_shots_are_those_of_a_plain_loop(seed: int, frames: int, at_once: int, fps: int) -> None:
+    rng = np.random.default_rng(seed)
+    scenes = rng.standard_normal((4, 6))
+    dino = scenes[rng.integers(4, size=-(-frames // 3)).repeat(3)[:frames]]
+    dino = (dino + 0.2 * rng.standard_normal(dino.shape)).astype(np.float16)
+    shots = shots_of(7 + np.arange(frames) / fps, dino, 0.75, at_once=at_once)
+    assert shots.dtype == np.int32
+    assert shots.tolist() == shots_by_hand(dino, 0.75, fps // 2 if frames > 1 else 1)
+
+
+def test_a_flash_and_a_frame_without_a_vector_are_no_cuts() -> None:
+    seen = np.eye(3, dtype=np.float16)
+    flash = seen[[0] * 9 + [2] * 4 + [0] * 9 + [1] * 9]
+    assert shots_of(np.arange(31) / 10, flash, 0.75).tolist() == [0] * 22 + [1] * 9
+    one_a_second = shots_of(np.arange(31.0), flash, 0.75).tolist()
+    assert one_a_second == [0] * 9 + [1] * 4 + [2] * 9 + [3] * 9
+    assert shots_of(np.arange(9.0), np.zeros((9, 3), np.float16), 0.75).tolist() == [0] * 9
+    assert shots_of(np.zeros(0), np.zeros((0, 3), np.float16), 0.75).tolist() == []
+
+
+@given(some_films, bounds, st.integers(0, 1000))
+def test_no_moment_lies_in_two_shots(film: Film, alike: float, seed: int) -> None:
+    cuts = np.random.default_rng(seed).random(len(film.pts_s)) < 0.2
+    shots = np.cumsum(cuts, dtype=np.int32)
+    parts = list(moments_of(film.pts_s, film.vectors, film.gaps, alike, shots=shots))
+    for rows, shot in zip(frames_of(joined(parts)), joined(parts).shots, strict=True):
+        assert set(shots[rows.start : rows.stop].tolist()) == {shot}
 
 
 def test_a_video_without_frames_has_no_moments() -> None:

@@ -150,9 +150,16 @@ class Page:
         ActionChains(self.driver).send_keys(*keys).perform()
 
     def ask(self, sentence: str) -> list[tuple[str, float, float]]:
-        """Types a sentence, as people do, and waits for its answer."""
+        """Types a sentence, as people do, and waits for its answer, weak matches and all."""
         self.open()
         self.the("#query").send_keys(sentence)
+        return self.everything()
+
+    def everything(self) -> list[tuple[str, float, float]]:
+        """As `moments`, with those that are hidden at first."""
+        self.settled()
+        if self.all("#weak button"):
+            self.press("#weak button")
         return self.moments()
 
     def moments(self) -> list[tuple[str, float, float]]:
@@ -504,6 +511,23 @@ def test_nothing_found_is_said_honestly(page: Page, corpus: Corpus) -> None:
     assert page.moments() and page.all("#empty") == []
 
 
+def test_weak_matches_are_hidden_and_can_be_had(page: Page) -> None:
+    page.open()
+    page.the("#query").send_keys("a giraffe eating leaves")
+    page.settled()
+    assert page.moments() == []
+    assert page.the("#empty").text == "Nothing in the archive matches well"
+    said = page.the("#weak p").text
+    assert re.fullmatch(r"\d+ weak matches(, and more,)? are hidden\.", said)
+    page.press("#weak button")
+    weak = until(page.moments, "they are not shown")
+    assert len(weak) == int(said.split()[0])
+    assert page.all("#weak") == page.all("#empty") == []
+    page.the("#query").send_keys(" slowly")  # another sentence begins anew
+    page.settled()
+    assert page.moments() == [] and "weak" not in page.driver.current_url
+
+
 def test_the_start_page_says_what_can_be_searched(page: Page, corpus: Corpus) -> None:
     page.open()
     indexed = sum(state.status == "indexed" for state in corpus.states())
@@ -519,7 +543,8 @@ def test_everything_works_by_keys(page: Page) -> None:
     page.run("document.activeElement.blur()")
     page.type("/")
     page.type("a tree")
-    found = page.moments()
+    found = page.everything()
+    page.type("/")
     page.type(Key.ARROW_DOWN, Key.ARROW_RIGHT)
     focused = "return document.activeElement.ariaLabel"
     assert read_label(page.run(focused)) == found[1]
@@ -540,7 +565,7 @@ def test_everything_works_by_keys(page: Page) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["", "?q=a+tree&without=night&path=mp4", "?q=a+tree&path=nowhere"]
+    "query", ["", "?q=a+tree&without=night&path=mp4&weak=", "?q=a+tree&path=nowhere"]
 )
 def test_a_narrow_screen_never_scrolls_sideways(page: Page, query: str) -> None:
     page.size(NARROW)

@@ -272,7 +272,8 @@ def test_the_whole_path_on_object_storage_that_fails_now_and_then(
         done = run_cli(*build, **environment)
         assert done.returncode == 0, done.stderr
         said = run_cli("status", *corpus, "--json", **environment)
-        answer = json.loads(run_cli("search", "a tree", *corpus, "--json", **environment).stdout)
+        asked = ("search", "a tree", *corpus, "--min-confidence", "0", "--json")
+        answer = json.loads(run_cli(*asked, **environment).stdout)
         assert sum(proxy.injected.values()) > 0
     status = json.loads(said.stdout)
     assert status["videos"]["indexed"] == len(videos)
@@ -290,10 +291,17 @@ def test_the_whole_path_on_object_storage_that_fails_now_and_then(
 
 
 def test_cli_json_contracts(built, world):
-    answer = json.loads(run_cli("search", "a tree", "--corpus", built, "--json").stdout)
-    assert set(answer) == {"query", "snapshot", "took_ms", "took", "background", "segments"}
-    wanted = {"video", "start_s", "end_s", "best_s", "score", "recorded_at"}
+    asked = ("search", "a tree", "--corpus", built, "--json", "--min-confidence")
+    answer = json.loads(run_cli(*asked, "0").stdout)
+    told = {"query", "snapshot", "took_ms", "took", "background", "segments"}
+    assert set(answer) == told | {"hidden", "hidden_more"}
+    wanted = {"video", "start_s", "end_s", "best_s", "score", "recorded_at", "confidence"}
     assert answer["segments"] and wanted <= set(answer["segments"][0])
+    least = answer["segments"][1]["confidence"]
+    fewer = json.loads(run_cli(*asked, str(least)).stdout)
+    sure = [s for s in answer["segments"] if s["confidence"] >= least]
+    assert fewer["segments"] == sure
+    assert fewer["hidden"] == len(answer["segments"]) - len(sure) > 0
     status = json.loads(run_cli("status", "--corpus", built, "--json").stdout)
     assert status["videos"]["total"] == status["videos"]["indexed"] == 4
     assert status["frames"] == len(stored_frames(built)) and status["failed"] == []
@@ -305,8 +313,19 @@ def test_cli_json_contracts(built, world):
     assert {"queries", "R1@0.5", "R1@0.7", "R5@0.5", "mAP@0.5"} <= set(figures)
 
 
+def test_where_nothing_matches_well_it_is_said_and_the_way_to_the_rest(built):
+    asked = ("search", "a giraffe eating leaves", "--corpus", built, "--limit", "3")
+    done = run_cli(*asked)
+    assert done.returncode == 0
+    said = " ".join(done.stderr.split())
+    assert "Nothing in the archive matches well; 3 weak matches, and more, are hidden." in said
+    assert "--min-confidence 0" in said and ".mp4" not in done.stdout
+    everything = run_cli(*asked, "--min-confidence", "0", "--format", "csv")
+    assert everything.stdout.count(".mp4") == 3 and "weak" not in everything.stderr
+
+
 def test_what_was_found_is_handed_out_as_files_and_lists(built, tmp_path):
-    asked = ("search", "a tree", "--corpus", built, "--limit", "3")
+    asked = ("search", "a tree", "--corpus", built, "--limit", "3", "--min-confidence", "0")
     folder = tmp_path / "found" / "trees"
     done = run_cli(*asked, "--format", "csv", "--clips", str(folder))
     assert done.returncode == 0, done.stderr
@@ -384,7 +403,9 @@ def test_service_answers_as_the_engine_does(service, built):
     expected = vsearch.open(built).search("a green house", limit=4).to_dict()
     assert status == 200
     assert answer["segments"] == [
-        segment | {"score": pytest.approx(segment["score"], abs=1e-5)}
+        segment
+        | {"score": pytest.approx(segment["score"], abs=1e-5)}
+        | {"confidence": pytest.approx(segment["confidence"], abs=1e-3)}
         for segment in expected["segments"]
     ]
     assert answer["snapshot"] == expected["snapshot"]

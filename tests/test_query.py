@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsearch.config import UserError
-from vsearch.query import Term, compose, described, terms_of
+from vsearch.query import Term, compose, described, read_sentence, terms_of
 
 
 def unit(vectors):
@@ -61,6 +61,45 @@ def test_terms_that_cancel_are_refused():
 def test_a_term_that_makes_no_sense_is_refused(values):
     with pytest.raises(UserError):
         Term(**values)
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted", "unwanted"),
+    [
+        ("a car without a tree", "a car", ["a tree"]),
+        ("A car, without a tree", "A car", ["a tree"]),
+        ("a beach but no people", "a beach", ["people"]),
+        ("a beach, but not people", "a beach", ["people"]),
+        ("a man and not a woman", "a man", ["a woman"]),
+        ("a room with no windows and no doors", "a room", ["windows", "doors"]),
+        ("a car without snow, without trees", "a car", ["snow", "trees"]),
+        ("a car WITHOUT snow but without trees", "a car", ["snow", "trees"]),
+        ("“a car without a tree”", "a car without a tree", []),
+        ('"a car without a tree"', "a car without a tree", []),
+        ("a car and a tree", "a car and a tree", []),
+        ("without a tree", "without a tree", []),
+        ("a car without", "a car without", []),
+        ("nothing but sand", "nothing but sand", []),
+        ("a man with a notebook", "a man with a notebook", []),
+        ("a knot, a notary and nobody", "a knot, a notary and nobody", []),
+        ('"', '"', []),
+        ('""', '""', []),
+    ],
+)
+def test_what_a_sentence_does_not_want_counts_against_it(typed, wanted, unwanted):
+    expected = [Term(text=wanted), *(Term(text=text, weight=-0.5) for text in unwanted)]
+    assert read_sentence(typed) == terms_of(typed) == expected
+
+
+def test_terms_and_what_is_left_out_are_not_read_as_sentences():
+    assert terms_of([Term(text="a car without a tree")]) == [Term(text="a car without a tree")]
+    assert terms_of("a car", without=["a man without a hat"])[1].text == "a man without a hat"
+
+
+@given(st.text(max_size=60).filter(lambda text: text.strip()))
+def test_any_sentence_can_be_read(typed):
+    first, *others = read_sentence(typed)
+    assert first.weight == 1 and all(term.weight == -0.5 for term in others)
 
 
 def test_a_query_needs_something_to_look_for():

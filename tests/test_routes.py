@@ -68,6 +68,39 @@ def test_both_ways_to_search_answer_as_the_engine_does(web: TestClient, url: str
     assert web.post("/v1/search", json=terms).json()["segments"] == expected
 
 
+def test_weak_matches_are_hidden_and_counted(web: TestClient) -> None:
+    def ask(**asked: Any) -> Any:
+        return web.get("/v1/search", params={"q": "a boat", "limit": 20} | asked).json()
+
+    everything = ask()
+    told = [segment["confidence"] for segment in everything["segments"]]
+    assert told == sorted(told, reverse=True) and 0 < told[-1] < told[0] < 1
+    assert (everything["hidden"], everything["hidden_more"]) == (0, False) and everything["cursor"]
+    found = ask(min_confidence=told[7])
+    assert found["segments"] == [s for s in everything["segments"] if s["confidence"] >= told[7]]
+    assert found["hidden"] == 20 - len(found["segments"]) > 0
+    assert found["hidden_more"] is True and found["cursor"] is None
+    nothing = ask(min_confidence=1)
+    assert (nothing["segments"], nothing["hidden"]) == ([], 20)
+    first = ask(min_confidence=told[7], limit=3)
+    assert first["hidden"] == 0 and first["segments"] == found["segments"][:3]
+    rest = ask(min_confidence=told[7], limit=17, cursor=first["cursor"])
+    assert rest["segments"] == found["segments"][3:] and rest["hidden"] == found["hidden"]
+    like = {"terms": [{"video_id": "v0", "at_s": 1.0}], "min_confidence": 1, "limit": 2}
+    segments = web.post("/v1/search", json=like).json()["segments"]
+    assert [segment["confidence"] for segment in segments] == [None, None]
+    assert web.get("/v1/search", params={"q": "x", "min_confidence": 1.1}).status_code == 422
+
+
+def test_a_sentence_says_itself_what_it_does_not_want(web: TestClient) -> None:
+    read = web.get("/v1/search", params={"q": "a boat without rain"}).json()
+    told = web.get("/v1/search", params={"q": "a boat", "without": "rain"}).json()
+    assert read["segments"] == told["segments"] and read["query"] == told["query"]
+    literal = web.get("/v1/search", params={"q": '"a boat without rain"'}).json()
+    assert literal["query"] == "a boat without rain"
+    assert literal["segments"] != read["segments"]
+
+
 def test_filters_and_pages(web: TestClient) -> None:
     left = {"q": "a boat", "tag": "side=left", "limit": 100}
     found = web.get("/v1/search", params=left).json()["segments"]

@@ -18,7 +18,7 @@ from vsearch.config import UserError
 from vsearch.corpus import Corpus
 from vsearch.filters import Filter
 from vsearch.query import Term
-from vsearch.search import Engine
+from vsearch.search import Engine, sure
 from vsearch.service import (
     Answer,
     BusyError,
@@ -98,8 +98,10 @@ def as_found(answer: Answer) -> list[dict[str, Any]]:
 
 def of_engine(url: str, text: str, limit: int, snapshot: str | None = None, **options: Any) -> Any:
     engine = vsearch.open(url, snapshot)
-    found = engine.find(asyncio.run(meaning(text)), limit, **options)
-    return [segment.to_dict() for segment in found.segments]
+    vector = asyncio.run(meaning(text))
+    found = engine.find(vector, limit, **options)
+    told = sure(found.segments, engine.scale([Term(text=text)], [vector], [1.0]), 0.0)
+    return [segment.to_dict() for segment in told]
 
 
 @pytest.mark.parametrize("where", [None, Filter(tags={"side": "left"}), Filter(from_s=5, to_s=20)])

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vsearch.config import UserError
 from vsearch.filters import Filter
 from vsearch.pictures import read_picture
-from vsearch.query import MOST_WEIGHT, Term, terms_of
+from vsearch.query import AGAINST, MOST_WEIGHT, Term, read_sentence, terms_of
 
 MOST_TERMS = 8
 MOST_SEGMENTS = 1000
@@ -20,6 +20,15 @@ Text = Annotated[str, Field(max_length=500)]
 Name = Annotated[str, Field(max_length=2000)]
 Seconds = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 
+
+SENTENCE = (
+    "a sentence: what the moment should show. What follows 'without', 'but no' or 'and not' counts "
+    "against it, unless all of it is in quotes"
+)
+Confidence = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+CONFIDENCE = (
+    "segments less sure than this are hidden, and counted in `hidden`; 0.95 is what the page does"
+)
 
 Format = Literal["json", "csv", "edl", "otio"]
 FORMATS = "csv, edl and otio: the segments as a table or a cut list"
@@ -78,7 +87,7 @@ class WhereIn(Strict):
 class QueryIn(Strict):
     """What to look for, where, and how much of it."""
 
-    q: Text | None = Field(None, description="a sentence: what the moment should show")
+    q: Text | None = Field(None, description=SENTENCE)
     terms: list[TermIn] = Field([], max_length=MOST_TERMS)
     where: WhereIn = WhereIn()
     limit: int = Field(12, ge=1, le=100)
@@ -86,13 +95,14 @@ class QueryIn(Strict):
         1.0, ge=0, le=60, description="seconds between frames of one segment, at most"
     )
     min_score: float | None = Field(None, ge=-1, le=1)
+    min_confidence: Confidence = Field(0.0, description=CONFIDENCE)
     cursor: str | None = Field(
         None, max_length=500, description="of the answer before, for the segments that follow"
     )
 
     def all_terms(self) -> list[Term]:
         """Raises `UserError` where they make no query."""
-        first = [Term(text=self.q)] if self.q is not None else []
+        first = read_sentence(self.q) if self.q is not None else []
         return terms_of([*first, *(term.term() for term in self.terms)])
 
 
@@ -103,6 +113,7 @@ class ImageParameters(Strict):
     limit: int = Field(12, ge=1, le=100)
     max_gap_s: float = Field(1.0, ge=0, le=60)
     min_score: float | None = Field(None, ge=-1, le=1)
+    min_confidence: Confidence = Field(0.0, description=CONFIDENCE)
 
     format: Format = Field("json", description=FORMATS)
 
@@ -113,11 +124,12 @@ class ImageParameters(Strict):
 class SearchParameters(Strict):
     """A search as parameters of an address."""
 
-    q: Text = Field(description="what the moment should show")
+    q: Text = Field(description=SENTENCE)
     without: list[Text] = Field([], max_length=MOST_TERMS - 1, description="and what it should not")
     limit: int = Field(12, ge=1, le=100)
     max_gap_s: float = Field(1.0, ge=0, le=60)
     min_score: float | None = Field(None, ge=-1, le=1)
+    min_confidence: Confidence = Field(0.0, description=CONFIDENCE)
     cursor: str | None = Field(None, max_length=500)
     video: list[Name] = Field([], max_length=1000, description="id or URI")
     path: list[Name] = Field([], max_length=100, description="glob of the URI")
@@ -132,7 +144,7 @@ class SearchParameters(Strict):
         """Raises `UserError`."""
         return QueryIn(
             q=self.q,
-            terms=[TermIn(text=text, weight=-0.5) for text in self.without],
+            terms=[TermIn(text=text, weight=AGAINST) for text in self.without],
             where=WhereIn(
                 videos=self.video, paths=self.path, tags=pairs(self.tag), from_s=self.from_s,
                 to_s=self.to_s, after=self.after, before=self.before,
@@ -140,6 +152,7 @@ class SearchParameters(Strict):
             limit=self.limit,
             max_gap_s=self.max_gap_s,
             min_score=self.min_score,
+            min_confidence=self.min_confidence,
             cursor=self.cursor,
         )  # fmt: skip
 
@@ -152,6 +165,10 @@ class SegmentOut(BaseModel):
     best_s: float = Field(description="the strongest frame")
     score: float = Field(description="mean cosine of the segment's frames")
     recorded_at: str = Field(description="absolute time of the start, ISO 8601")
+    confidence: float | None = Field(
+        description="0 to 1: the share of made-up sentences, which nothing shows, that score less; null "
+        "where a picture or moment is looked for"
+    )
 
 
 class SearchOut(BaseModel):
@@ -164,6 +181,8 @@ class SearchOut(BaseModel):
     )
     partial: bool = Field(description="a part of the index did not answer in time")
     missing: list[str] = Field(description="which part, and why")
+    hidden: int = Field(description="segments of this page that are less sure than min_confidence")
+    hidden_more: bool = Field(description="others as weak follow")
     segments: list[SegmentOut]
     cursor: str | None = Field(description="for the segments that follow; null when there are none")
 

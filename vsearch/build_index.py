@@ -22,7 +22,7 @@ from vsearch import parts, recall, runtime
 from vsearch.config import MIN_RECALL, UserError, check_index_options
 from vsearch.corpus import Corpus
 from vsearch.coverage import VideoState
-from vsearch.moments import ALIKE, Gaps
+from vsearch.moments import ALIKE, CUT, Gaps
 from vsearch.placement import index_words, plan_index, prefer
 from vsearch.sizing import FLAT_ROWS, ROWS_PER_CELL, Setting, cells_for
 from vsearch.snapshots import (
@@ -122,7 +122,7 @@ def build_index(
             pieces = parts.validation_pieces(corpus, projector, contents, spans)
             fusion = _tune_alpha(tasks, corpus, projector, pieces, sentences)
     recipe = parts.Recipe(
-        projector, ALIKE if rows == "moments" else None, fusion["alpha"] if fusion else None
+        projector, ALIKE if rows == "moments" else None, CUT, fusion["alpha"] if fusion else None
     )
     asked = [kind, asdict(recipe), space, shard_frames, sentences, min_recall]
     built_from = key_of(asked, [asdict(c) for c in contents], [_facts(state) for state in states])
@@ -153,6 +153,7 @@ def build_index(
                 quantizer |= {"imbalance": tuning["imbalance"]}
         else:
             shards = [shard | parts.FLAT for shard in shards]
+        made_up, shards = _make_best_scores(tasks, corpus, shards, report)
     places = {c: n for n, shard in enumerate(kept) for c in shard.contents & set(contents)}
     places |= {c: n for n, group in enumerate(groups, len(kept)) for c in group}
     manifest = {
@@ -177,6 +178,8 @@ def build_index(
         "quantizer": quantizer,
         "queries": asked_queries,
         "tuning": tuning,
+        "made_up": made_up,
+        "calibration": parts.calibration(made_up, [shard["best"] for shard in shards]),
         "shards": shards,
         "built_from": built_from,
     }
@@ -378,6 +381,30 @@ def _make_codes(
     ]
     made = dict(zip(todo, _finished(jobs, "codes", report), strict=True))
     return [made.get(n, shard) | {"made_with": made_with} for n, shard in enumerate(shards)]
+
+
+# ── how sure answers are ─────────────────────────────────────────────────────────────────────────
+
+
+def _make_best_scores(
+    tasks: _Tasks, corpus: Corpus, shards: list[dict[str, Any]], report: Report
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The made-up sentences, and the entries of the shards with what these score there. They are made of
+    the general sentences, whatever recall is measured on: one's own may all be answered.
+    """
+    sentences = parts.read_sentences()
+    key = key_of("made up", sentences, asdict(corpus.config.clip))
+    made_up = Snapshots(corpus).part(key) or ray.get(
+        tasks.of(parts.made_up_sentences)(corpus.url, key, sentences)
+    )
+    todo = [n for n, shard in enumerate(shards) if shard.get("best_of") != key]
+    best_scores = tasks.of(parts.best_scores)
+    jobs = [best_scores(corpus.url, shards[n], made_up) for n in todo]
+    made = dict(zip(todo, _finished(jobs, "confidence", report), strict=True))
+    return made_up, [
+        shard | {"best_of": key, "best": made[n]} if n in made else shard
+        for n, shard in enumerate(shards)
+    ]
 
 
 # ── what a snapshot tells ────────────────────────────────────────────────────────────────────────

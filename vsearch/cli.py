@@ -16,6 +16,7 @@ from rich.markup import escape
 from vsearch.config import (
     GRACE_HOURS,
     KEPT_SNAPSHOTS,
+    MIN_CONFIDENCE,
     MIN_RECALL,
     TrainConfig,
     UserError,
@@ -416,7 +417,11 @@ def index(
     from vsearch.corpus import Corpus
     from vsearch.snapshots import Snapshots
 
-    words = {"rows": "making rows of the frames", "codes": "coding shards, measuring recall"}
+    words = {
+        "rows": "making rows of the frames",
+        "codes": "coding shards, measuring recall",
+        "confidence": "asking what nothing shows",
+    }
     with progress_bar() as bar:
         task = bar.add_task("reading what is there", total=None, note="")
         summary = build_index(
@@ -719,6 +724,12 @@ def search(
     before: Annotated[
         datetime | None, typer.Option("--before", help="Recorded before this time (UTC).")
     ] = None,
+    min_confidence: Annotated[
+        float,
+        typer.Option(
+            "--min-confidence", min=0, max=1, help="Hide matches that are less sure; 0 shows all."
+        ),
+    ] = MIN_CONFIDENCE,
     clips: Annotated[
         Path | None,
         typer.Option("--clips", help="Cut the segments out into this folder, as MP4 files."),
@@ -729,6 +740,9 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
 ) -> None:
     """Find the moments that answer a sentence.
+
+    What follows "without", "but no" or "and not" counts against a moment; a query that is in quotes
+    itself is taken word by word. Weak matches are hidden and counted.
 
     Clips are copied with their sound, so each begins at a keyframe; what an MP4 file cannot hold is
     encoded anew.
@@ -757,14 +771,22 @@ def search(
         from_s, to_s, after, before,
     )  # fmt: skip
     engine = vsearch.open(corpus)
-    results = engine.search(query, limit, max_gap, where if where != Filter() else None)
+    results = engine.search(
+        query,
+        limit,
+        max_gap,
+        where if where != Filter() else None,
+        min_confidence=min_confidence,
+    )
     if form == "json":
         emit(results.to_dict())
     elif form == "table":
         Console().print(results_table(results))
     else:
         sys.stdout.write(_exported(results, form, engine))
-    if not results and where != Filter():
+    if results.hidden:
+        console.print(f"{results.hidden_note} Show all: --min-confidence 0.", highlight=False)
+    elif not results and where != Filter():
         console.print("No moment of the index satisfies the filters.")
     if clips is not None:
         _cut_out(results, engine, clips)

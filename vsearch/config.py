@@ -18,6 +18,9 @@ DEMO_MODELS = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
 """Code that was sent to a cluster comes without them: then those of the package that is installed there
 are meant."""
 
+MIN_CONFIDENCE = 0.95
+"""What people are shown at first is at least so sure."""
+
 MIN_RECALL = 0.97
 """Mean recall@200 on text queries that an index must reach to be published."""
 

@@ -267,7 +267,13 @@ def ask(search: Search, queries: Sequence[Query]) -> list[Sequence[Any]]:
 
 def answers_of(segments: Sequence[Any]) -> Answers:
     """Segments as moments with their strengths."""
-    return [(Moment(Path(s.video).name, s.start_s, s.end_s), float(s.score)) for s in segments]
+    return [(Moment(Path(s.video).name, s.start_s, s.end_s), _strength(s)) for s in segments]
+
+
+def _strength(segment: Any) -> float:
+    """Confidence, which means the same for all sentences; the score where an index does not tell it."""
+    confidence = getattr(segment, "confidence", None)
+    return float(segment.score if confidence is None else confidence)
 
 
 def precisions(queries: Sequence[Query], answers: Sequence[Answers]) -> Floats:

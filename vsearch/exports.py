@@ -22,7 +22,7 @@ from vsearch.search import Results, Segment
 
 COLUMNS = (
     *("place", "video", "start_s", "end_s", "best_s", "score", "recorded_at", "video_id"),
-    *("query", "snapshot"),
+    *("query", "snapshot", "confidence"),
 )
 """Of the CSV, in this order; a later version may add some at the end."""
 

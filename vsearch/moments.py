@@ -17,15 +17,21 @@ Gaps = Sequence[tuple[float, float]]
 
 ALIKE = 0.98
 """Frames with at least this cosine to the first one of their moment share a row."""
+
+CUT = 0.75
+"""Neighbouring frames whose DINO vectors have less cosine than this lie in two shots."""
 ROUNDING_S = 1e-6
 """Times that lie no further apart are the same: some were told from another zero."""
+FLASH_S = 0.5
+"""What is seen no longer than this, and then what was seen before, is no shot of its own."""
 
 
 @dataclass(frozen=True)
 class Moments:
     """The moments of one video in time order. `vectors` is float16 (m, dim), the normalised mean of
     the frames of each; `start_s`, `end_s` (m,) when it begins and when the next picture comes,
-    `best_s` (m,) the time of the frame most like the mean, `frames` (m,) int32 how many there are.
+    `best_s` (m,) the time of the frame most like the mean, `frames` (m,) int32 how many there are,
+    `shots` (m,) int32 the shot that it lies in.
     """
 
     vectors: Vectors
@@ -33,29 +39,72 @@ class Moments:
     end_s: Seconds
     best_s: Seconds
     frames: NDArray[np.int32]
+    shots: NDArray[np.int32]
+
+
+def shots_of(
+    pts_s: Seconds, dino: Vectors, cut: float, at_once: int = 1 << 16
+) -> NDArray[np.int32]:
+    """The shot (n,) of each frame of a video, counted from 0, from the frames' times (n,) in order and
+    DINO's vectors (n, dim), of any length. A cut lies between two frames whose cosine is less than `cut`,
+    unless one of them is alike to what is seen on the other side within `FLASH_S`: a flash is no cut. A
+    frame without a vector (all 0) is alike to any other.
+    """
+    steps = np.diff(pts_s)
+    usual_s = float(np.median(steps[steps > 0])) if (steps > 0).any() else FLASH_S
+    lasting = max(1, round(FLASH_S / usual_s))
+    cuts = np.zeros(len(dino), bool)
+    for first in range(1, len(dino), at_once):
+        part = np.asarray(dino[first - 1 : first + at_once], np.float32)
+        for change in np.flatnonzero(_cosines(part[1:], part[:-1]) < cut).tolist():
+            row = first + change
+            low = max(0, row - lasting)
+            near = np.asarray(dino[low : row + lasting], np.float32)
+            before, after = near[: row - low], near[row - low :]
+            alike = [*_cosines(after, before[-1:]), *_cosines(before, after[:1])]
+            cuts[row] = max(alike) < cut
+    return np.cumsum(cuts, dtype=np.int32)
+
+
+def _cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of the rows of (n, dim) and (n or 1, dim); 1 where one of them is 0."""
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    products = np.einsum("nd,nd->n", a, np.broadcast_to(b, a.shape))
+    return np.divide(products, lengths, out=np.ones_like(products), where=lengths > 0)
 
 
 def moments_of(
-    pts_s: Seconds, vectors: Vectors, gaps: Gaps, alike: float | None, at_once: int = 1 << 16
+    pts_s: Seconds,
+    vectors: Vectors,
+    gaps: Gaps,
+    alike: float | None,
+    at_once: int = 1 << 16,
+    shots: NDArray[np.int32] | None = None,
 ) -> Iterator[Moments]:
     """The moments of a video, from the times (n,) of its frames in order, their unit vectors float16
     (n, dim), and the `gaps` of `frame_ends`; in pieces of `at_once` frames, whatever its length. A
-    moment goes on as long as each frame has a cosine of at least `alike` to its first one, and no gap
-    lies between them; with None every frame is a moment.
+    moment goes on as long as each frame has a cosine of at least `alike` to its first one, and neither
+    a gap nor a cut between `shots` (n,) lies between them; with None every frame is a moment.
     """
     ends_s = frame_ends(pts_s, gaps)
+    shots = np.zeros(len(pts_s), np.int32) if shots is None else shots
     for first in range(0, len(pts_s), at_once):
         piece = slice(first, first + at_once)
-        yield _moments(pts_s[piece], ends_s[piece], vectors[piece], alike)
+        yield _moments(pts_s[piece], ends_s[piece], vectors[piece], shots[piece], alike)
 
 
 def _moments(
-    pts_s: Seconds, end_s: Seconds, vectors: Vectors, alike: float | None, piece: int = 64
+    pts_s: Seconds,
+    end_s: Seconds,
+    vectors: Vectors,
+    shots: NDArray[np.int32],
+    alike: float | None,
+    piece: int = 64,
 ) -> Moments:
     if alike is None:
-        return Moments(vectors, pts_s, end_s, pts_s, np.ones(len(pts_s), np.int32))
+        return Moments(vectors, pts_s, end_s, pts_s, np.ones(len(pts_s), np.int32), shots)
     whole = np.asarray(vectors, np.float32)
-    holes = np.append(pts_s[1:] > end_s[:-1] + ROUNDING_S, True)
+    holes = np.append((pts_s[1:] > end_s[:-1] + ROUNDING_S) | (np.diff(shots) > 0), True)
     firsts, row = [], 0
     while row < len(whole):
         firsts.append(row)
@@ -75,7 +124,12 @@ def _moments(
     likeness = np.einsum("nd,nd->n", whole, np.repeat(means, frames, axis=0))
     best = [a + int(np.argmax(likeness[a:b])) for a, b in pairwise(edges.tolist())]
     return Moments(
-        means.astype(np.float16), pts_s[edges[:-1]], end_s[edges[1:] - 1], pts_s[best], frames
+        means.astype(np.float16),
+        pts_s[edges[:-1]],
+        end_s[edges[1:] - 1],
+        pts_s[best],
+        frames,
+        shots[edges[:-1]],
     )
 
 
@@ -120,8 +174,8 @@ def grow(
     taken: NDArray[np.bool_],
     piece: int = 256,
 ) -> Stretch:
-    """The stretch around a peak within rows [lowest, highest): outwards from the peak as long as
-    rows above the threshold follow each other with gaps of at most `max_gap_s` seconds.
+    """The stretch around a peak within rows [lowest, highest), those of its shot: outwards from the peak
+    as long as rows above the threshold follow each other with gaps of at most `max_gap_s` seconds.
 
     The threshold is half the height of the peak above `background`, the query's mean score over the
     corpus (full width at half maximum). So neighbours that answer about as well are merged, and the

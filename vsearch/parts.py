@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vsearch import fusion, recall
+from vsearch import confidence, fusion, recall
 from vsearch.config import TrainConfig, UserError
 from vsearch.corpus import Corpus, newest_projector, vector_matrix
-from vsearch.moments import Gaps, moments_of
+from vsearch.moments import Gaps, moments_of, shots_of
 from vsearch.sampling import split_videos
 from vsearch.schema import ROWS
 from vsearch.snapshots import Content, Snapshots, Spans, key_of
@@ -52,12 +52,13 @@ FLAT: Entry = dict.fromkeys(("codes_file", "cells_file", "probe_file", "mean_cos
 @dataclass(frozen=True)
 class Recipe:
     """What rows are made of: `projector` is the version of the one in use, None for CLIP's own
-    vectors; `alike` the bound of a moment, None for a row a frame; `alpha` the projected share of a
-    fused vector, None where nothing is fused.
+    vectors; `alike` the bound of a moment, None for a row a frame; `cut` that between shots; `alpha` the
+    projected share of a fused vector, None where nothing is fused.
     """
 
     projector: str | None
     alike: float | None
+    cut: float
     alpha: float | None = None
 
 
@@ -101,16 +102,19 @@ def shard_rows(
     snapshots = Snapshots(corpus)
     if found := snapshots.part(key):
         return found
-    dim = corpus.config.clip.dim
+    config = corpus.config
     frames = sum(piece.frames for piece in pieces)
     pts_s = np.empty(frames, np.float64)
     with tempfile.TemporaryDirectory() as folder:
-        of_frames = np.memmap(f"{folder}/frames", np.float16, mode="w+", shape=(frames, dim))
-        for piece, times, vectors in _read(stored, pieces, columns):
+        of_frames, dino = (
+            np.memmap(f"{folder}/{name}", np.float16, mode="w+", shape=(frames, dim))
+            for name, dim in (("frames", config.clip.dim), ("dino", config.dino.dim))
+        )
+        for piece, times, (seen, *vectors) in _read(stored, pieces, ["dino", *columns]):
             place = slice(piece.offset, piece.offset + piece.frames)
-            of_frames[place], pts_s[place] = vectors_of(*vectors), times
+            of_frames[place], dino[place], pts_s[place] = vectors_of(*vectors), seen, times
         table, mean = _write_rows(
-            pieces, gaps, pts_s, of_frames, recipe.alike, Path(folder) / "vectors"
+            pieces, gaps, pts_s, of_frames, dino, recipe, Path(folder) / "vectors"
         )
         pq.write_table(table, f"{folder}/rows", compression="zstd")
         return snapshots.finish(
@@ -130,7 +134,8 @@ def _write_rows(
     gaps: dict[str, Gaps],
     pts_s: Any,
     of_frames: Any,
-    alike: float | None,
+    dino: Any,
+    recipe: Recipe,
     path: Path,
 ) -> tuple[pa.Table, list[float]]:
     """Writes the vectors of the rows; gives the rows, and the mean of the frames' vectors."""
@@ -140,12 +145,17 @@ def _write_rows(
     with path.open("wb") as file:
         for number, (first, stop) in enumerate(pairwise(_edges(pieces))):
             mine = slice(first, stop)
-            for found in moments_of(pts_s[mine], of_frames[mine], gaps[videos[number]], alike):
+            shots = shots_of(pts_s[mine], dino[mine], recipe.cut)
+            for found in moments_of(
+                pts_s[mine], of_frames[mine], gaps[videos[number]], recipe.alike, shots=shots
+            ):
                 file.write(np.ascontiguousarray(found.vectors).tobytes())
                 total += np.asarray(found.vectors, np.float64).T @ found.frames
                 place = np.full(len(found.frames), number, np.int32)
                 video = pa.DictionaryArray.from_arrays(pa.array(place), pa.array(videos))
-                columns = [video, found.start_s, found.end_s, found.best_s, found.frames]
+                columns = [
+                    video, found.start_s, found.end_s, found.best_s, found.frames, found.shots
+                ]  # fmt: skip
                 tables.append(pa.table(columns, schema=ROWS))
     return pa.concat_tables(tables), (total / len(pts_s)).tolist()
 
@@ -161,12 +171,12 @@ def _edges(pieces: list[Piece]) -> list[int]:
 def _read(
     corpus: Corpus, pieces: list[Piece], columns: list[str]
 ) -> Iterator[tuple[Piece, Any, list[Any]]]:
-    """(piece, times (n,), the vectors (n, …) of each column) of each span."""
+    """(piece, times (n,), the vectors (n, …) of each column) of each span; a column may come twice."""
     by_file: dict[str, dict[str, Piece]] = {}
     for piece in pieces:
         by_file.setdefault(piece.file, {})[piece.span_id] = piece
     for file, wanted in by_file.items():
-        table = pa.concat_tables(corpus.frames(file, ["span_id", "pts_s", *columns]))
+        table = pa.concat_tables(corpus.frames(file, ["span_id", "pts_s", *dict.fromkeys(columns)]))
         ids = table["span_id"].to_numpy(zero_copy_only=False)
         for span, piece in wanted.items():
             rows = np.flatnonzero(ids == span)
@@ -358,6 +368,49 @@ def shard_codes(
             probe = snapshots.finish(probe_key, {"probe_file": file})
     made = {name: value for name, value in (codes | probe).items() if name != "key"}
     return shard | made
+
+
+def made_up_sentences(corpus_url: str, key: str, sentences: list[str]) -> Entry:
+    """The entry of made-up sentences: their vectors, what each has of its own, and the direction that
+    all `sentences` share.
+    """
+    from vsearch.encoders import ClipEncoder
+
+    corpus = Corpus(corpus_url)
+    snapshots = Snapshots(corpus)
+    if found := snapshots.part(key):
+        return found
+    encoder = ClipEncoder.recorded(corpus.config.clip)
+    direction = confidence.general(encoder.encode_text(sentences))
+    asked = encoder.encode_text(confidence.made_up(sentences))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sentences.npy"
+        np.save(path, asked, allow_pickle=False)
+        entry = {
+            "general": direction.astype(np.float64).tolist(),
+            "shares": confidence.own_share(asked, direction).astype(np.float64).tolist(),
+            "sentences_file": snapshots.put(key, ".npy", path),
+        }
+        return snapshots.finish(key, entry)
+
+
+def best_scores(corpus_url: str, shard: Entry, made_up: Entry) -> list[float]:
+    """The score of a shard's best row for each made-up sentence, exactly."""
+    from vsearch.index import exact_search
+
+    snapshots = Snapshots(Corpus(corpus_url))
+    asked = np.load(snapshots.path(made_up["sentences_file"]), allow_pickle=False)
+    with _vectors(snapshots, shard) as vectors:
+        scores, _ = exact_search(vectors, asked, 1)
+    return [round(score, 5) for score in scores[:, 0].tolist()]
+
+
+def calibration(made_up: Entry, best: list[list[float]]) -> Entry:
+    """What an index tells of its scores, from the `best` that the made-up sentences have in each shard."""
+    general = np.asarray(made_up["general"], np.float32)
+    return confidence.Calibration.of(
+        general, made_up["shares"], np.max(best, axis=0).tolist()
+    ).as_json()
 
 
 def measure(

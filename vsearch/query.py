@@ -1,5 +1,6 @@
 """What a query asks for, and its one vector: sentences, pictures and moments, each for or against."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,14 @@ from vsearch.config import UserError
 
 Vector = NDArray[np.float32]
 MOST_WEIGHT = 2.0
+AGAINST = -0.5
+"""The weight of what a sentence says that it does not want."""
+
+WITHOUT = re.compile(
+    r",?\s+(?:(?:and|but)\s+)?(?:without|with\s+no)\s+|,?\s+(?:and|but)\s+(?:no|not)\s+",
+    re.IGNORECASE,
+)
+QUOTES = ('""', "“”", "„“", "«»", "''", "‘’")
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,26 @@ class Term:
         return f"{'without ' if self.weight < 0 else ''}{what}{amount}"
 
 
+def read_sentence(text: str) -> list[Term]:
+    """The terms of a sentence as people type it. What follows "without", "with no", "but no", "but not",
+    "and no" or "and not" counts against it: CLIP itself does not understand them. A sentence in quotes
+    is one term, as it stands.
+    """
+    text = text.strip()
+    if any(len(text) > 2 and (text[0], text[-1]) == tuple(pair) for pair in QUOTES):
+        return [Term(text=text[1:-1])]
+    wanted, *unwanted = WITHOUT.split(text)
+    if not wanted or not all(unwanted):
+        return [Term(text=text)]
+    return [Term(text=wanted), *(Term(text=part, weight=AGAINST) for part in unwanted)]
+
+
 def terms_of(query: str | Sequence[Term], without: Sequence[str] = ()) -> list[Term]:
-    """The terms of a query. Raises `UserError` if none of them says what to look for."""
-    terms = [Term(text=query)] if isinstance(query, str) else list(query)
-    terms += [Term(text=text, weight=-0.5) for text in without]
+    """The terms of a query; a sentence is read as `read_sentence` does. Raises `UserError` if none of
+    them says what to look for.
+    """
+    terms = read_sentence(query) if isinstance(query, str) else list(query)
+    terms += [Term(text=text, weight=AGAINST) for text in without]
     if not any(term.weight > 0 for term in terms):
         raise UserError("The query is empty: say what the moment should show, not only what not.")
     return terms

@@ -166,6 +166,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
             query.max_gap_s,
             query.min_score,
             query.cursor,
+            query.min_confidence,
         )
         if form == "json":
             return JSONResponse(found.to_dict())
@@ -207,7 +208,11 @@ def _add_search(app: FastAPI, service: Service) -> None:
         """The strongest segments for an image, which is the body of the request."""
         picture = await service.read(partial(read_picture, await request.body()))
         query = asked.query()
-        terms = [Term(picture=picture), *([Term(text=query.q)] if query.q is not None else [])]
+        terms = (
+            [Term(picture=picture), *query.all_terms()]
+            if query.q is not None
+            else [Term(picture=picture)]
+        )
         return await answer(query, terms, asked.format)
 
 

@@ -78,9 +78,13 @@ ROWS = pa.schema(
         pa.field("end_s", pa.float64(), nullable=False),
         pa.field("best_s", pa.float64(), nullable=False),  # the frame most like the row's vector
         pa.field("frames", pa.int32(), nullable=False),  # how many frames the row stands for
+        pa.field("shot", pa.int32(), nullable=False),  # counts within the video
     ]
 )
-"""One row of the index, in the order of the shard's vectors: by video, then by time."""
+"""One row of the index, in the order of the shard's vectors: by video, then by time. Snapshots of before
+there were shots lack the last column.
+"""
+ROWS_WITHOUT_SHOTS = ROWS.remove(len(ROWS) - 1)
 
 SNAPSHOT_VIDEOS = pa.schema(
     [

@@ -9,15 +9,17 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from vsearch.confidence import Calibration, Scale
 from vsearch.config import DamagedIndexError, UserError
 from vsearch.corpus import Corpus
 from vsearch.filters import Filter, Seconds
@@ -42,6 +44,8 @@ SAMPLED_ROWS = 4096
 class Segment:
     """A stretch of one video that answers a query. Times are seconds as a player seeks; `best_s` is
     its strongest frame, `score` its mean cosine, `recorded_at` the absolute time of its start.
+    `confidence` (0 to 1) is the share of made-up sentences whose best row scores less, see
+    `vsearch.confidence`; None where the query asks for more than sentences.
     """
 
     video: str
@@ -51,6 +55,7 @@ class Segment:
     score: float
     recorded_at: str
     video_id: str
+    confidence: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -82,6 +87,8 @@ class Timeline:
 class Results(Sequence[Segment]):
     """The answer to one query: a sequence of segments, strongest first. `background` is the query's
     mean score over the index, what anything at all scores; `more` tells that there are others.
+    `hidden` counts the segments that the limit has room for but that are not sure enough;
+    `hidden_more` tells that there are others as weak.
     """
 
     query: str
@@ -91,6 +98,19 @@ class Results(Sequence[Segment]):
     background: float = 0.0
     more: bool = False
     took_s: dict[str, float] = field(default_factory=dict)
+    hidden: int = 0
+    hidden_more: bool = False
+
+    @property
+    def hidden_note(self) -> str:
+        """What is hidden, in a sentence; nothing if nothing is."""
+        if not self.hidden:
+            return ""
+        matches = f"{self.hidden} weak match{'es' if self.hidden > 1 else ''}"
+        some = f"{matches}, and more," if self.hidden_more else matches
+        verb = "is" if self.hidden == 1 and not self.hidden_more else "are"
+        first = "" if self.segments else "Nothing in the archive matches well; "
+        return f"{first}{some} {verb} hidden."
 
     @overload
     def __getitem__(self, place: int) -> Segment: ...
@@ -110,6 +130,8 @@ class Results(Sequence[Segment]):
             "took_ms": round(self.took_ms, 2),
             "took": {f"{step}_ms": round(s * 1000, 2) for step, s in self.took_s.items()},
             "background": round(self.background, 6),
+            "hidden": self.hidden,
+            "hidden_more": self.hidden_more,
             "segments": [segment.to_dict() for segment in self.segments],
         }
 
@@ -125,7 +147,7 @@ class Results(Sequence[Segment]):
             lines.append(
                 f"{place:3d}.  {clock(s.start_s)} – {clock(s.end_s)}  {s.score:5.3f}  {s.video}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *filter(None, [self.hidden_note])])
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -133,17 +155,30 @@ class Results(Sequence[Segment]):
             for s in self.segments
         )
         head = "<tr><th>video<th>from<th>to<th>score</tr>"
-        return f"<b>{html.escape(self.query)}</b><table>{head}{rows}</table>"
+        table = f"<table>{head}{rows}</table>"
+        return f"<b>{html.escape(self.query)}</b>{table}{self.hidden_note}"
+
+
+def sure(
+    segments: Sequence[Segment], scale: Scale | None, min_confidence: float
+) -> tuple[Segment, ...]:
+    """Segments, strongest first, with their confidence; without those that are less sure."""
+    if scale is None:
+        return tuple(segments)
+    told = (replace(s, confidence=round(scale.confidence(s.score), 6)) for s in segments)
+    return tuple(s for s in told if s.confidence is None or s.confidence >= min_confidence)
 
 
 @dataclass(frozen=True)
 class _Timeline:
     """The rows of a shard. `video` (n,) int32, ascending, is the place of a row's video in the shard,
-    `numbers` (videos,) that video's in the snapshot, −1 if its rows count no longer; `start_s`,
-    `end_s`, `best_s` (n,) are as a player shows them.
+    `shot` (n,) int64, ascending, another for each shot of each video; `numbers` (videos,) that video's in
+    the snapshot, −1 if its rows count no longer; `start_s`, `end_s`, `best_s` (n,) are as a player shows
+    them.
     """
 
     video: NDArray[np.int32]
+    shot: NDArray[np.int64]
     numbers: NDArray[np.int64]
     start_s: NDArray[np.float64]
     end_s: NDArray[np.float64]
@@ -167,6 +202,8 @@ class Engine:
         self.snapshot = snapshot or self._snapshots.require_current()
         self.manifest = self._snapshots.manifest(self.snapshot)
         self._mean = np.asarray(self.manifest["mean"], np.float32)
+        told = self.manifest.get("calibration")  # snapshots of before lack it
+        self._calibration = Calibration.from_json(told) if told else None
         table = self._snapshots.videos(self.manifest)
         self.videos: list[dict[str, Any]] = [
             row | {"tags": dict(row["tags"])} for row in table.to_pylist()
@@ -198,28 +235,49 @@ class Engine:
         where: Filter | None = None,
         min_score: float | None = None,
         without: Sequence[str] = (),
+        min_confidence: float = 0.0,
     ) -> Results:
         """The `limit` strongest segments for a sentence, or for several terms, of what `where` admits.
-        Neighbouring frames that answer about equally well, with gaps of at most `max_gap_s` seconds,
-        make one segment; those that score under `min_score` are left out.
+        Neighbouring frames of a shot that answer about equally well, with gaps of at most `max_gap_s`
+        seconds, make one segment; those that score under `min_score` are left out, those less sure than
+        `min_confidence` hidden and counted.
         """
+        if not 0 <= min_confidence <= 1:
+            raise UserError(f"The least confidence lies between 0 and 1, not at {min_confidence}.")
         terms = terms_of(query, without)
         encoder = self.encoder  # the first query loads it, which is no part of an answer's time
         began = time.perf_counter()
         vectors = [self._vector(term, encoder) for term in terms]
         weights = [term.weight for term in terms]
-        vector = compose(vectors, weights, self.spreads(vectors) if len(vectors) > 1 else [1.0])
+        spreads = self.spreads(vectors) if len(vectors) > 1 else [1.0]
+        vector = compose(vectors, weights, spreads)
         encoded_s = time.perf_counter() - began
         found = self.find(vector, limit, max_gap_s, where, min_score)
+        segments = sure(found.segments, self.scale(terms, vectors, spreads), min_confidence)
+        hidden = len(found.segments) - len(segments)
         return Results(
-            query=query if isinstance(query, str) and not without else described(terms),
+            query=query if isinstance(query, str) and len(terms) == 1 else described(terms),
             snapshot=self.snapshot,
             took_ms=(time.perf_counter() - began) * 1000,
-            segments=found.segments,
+            segments=segments,
             background=self.background(vector),
-            more=found.more,
+            more=found.more and not hidden,
             took_s={"encode": encoded_s, **found.took_s},
+            hidden=hidden,
+            hidden_more=found.more and hidden > 0,
         )
+
+    def scale(
+        self,
+        terms: Sequence[Term],
+        vectors: Sequence[NDArray[np.float32]],
+        spreads: Sequence[float],
+    ) -> Scale | None:
+        """How scores of a query become confidence; None where they cannot. The same on every part."""
+        if self._calibration is None:
+            return None
+        means = [self.background(vector) for vector in vectors]
+        return self._calibration.scale(terms, vectors, spreads, means)
 
     def _vector(self, term: Term, encoder: "ClipEncoder") -> NDArray[np.float32]:
         if term.text is not None:
@@ -387,8 +445,8 @@ class Engine:
     ) -> Stretch:
         """The stretch around a row; marks its rows as taken."""
         timeline = self._timelines[part]
-        number = timeline.video[row]
-        lowest, highest = np.searchsorted(timeline.video, [number, number + 1])
+        number = timeline.shot[row]
+        lowest, highest = np.searchsorted(timeline.shot, [number, number + 1])
         stretch = grow(
             row,
             int(lowest),
@@ -462,7 +520,16 @@ class Engine:
         numbers = np.array([counted.get(v, -1) for v in ids.dictionary.to_pylist()], np.int64)
         zeros = np.array([self.videos[n]["zero_s"] if n >= 0 else 0.0 for n in numbers])[video]
         times = (rows[name].to_numpy() - zeros for name in ("start_s", "end_s", "best_s"))
-        return shard, _Timeline(video, numbers, *times)
+        return shard, _Timeline(video, _shots(video, rows), numbers, *times)
+
+
+def _shots(video: NDArray[np.int32], rows: pa.Table) -> NDArray[np.int64]:
+    """The shot of each row, counted over all videos; a video is one shot where that is not known."""
+    begins = np.diff(video, prepend=video[:1]) != 0
+    if "shot" in rows.column_names:
+        shot = rows["shot"].to_numpy()
+        begins |= np.diff(shot, prepend=shot[:1]) != 0
+    return np.cumsum(begins, dtype=np.int64)
 
 
 def _next_free(

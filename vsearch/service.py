@@ -20,13 +20,14 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import numpy as np
 
 from vsearch.api import MOST_SEGMENTS, from_cursor, to_cursor
+from vsearch.confidence import Scale
 from vsearch.config import UserError
 from vsearch.corpus import Corpus
 from vsearch.coverage import VideoState, totals
 from vsearch.decoder import BusyError, Decoders
 from vsearch.filters import Filter
 from vsearch.query import Term, Vector, compose, described
-from vsearch.search import Engine, Found, Results, Timeline
+from vsearch.search import Engine, Found, Results, Timeline, sure
 from vsearch.versions import Versions
 
 LOG = logging.getLogger("ray.serve")
@@ -265,14 +266,16 @@ class Service:
         max_gap_s: float = 1.0,
         min_score: float | None = None,
         cursor: str | None = None,
+        min_confidence: float = 0.0,
     ) -> Answer:
-        """The segments that answer. Raises `UserError`, `BusyError`, `GoneError`, `UnavailableError`."""
+        """The segments that answer; those less sure than `min_confidence` are hidden and
+        counted. Raises `UserError`, `BusyError`, `GoneError`, `UnavailableError`."""
         snapshot, skip = from_cursor(cursor) if cursor else (None, 0)
         with self.admitted("search", SEARCHES):
             began = time.perf_counter()
 
             async def answer(engine: Engine, lenient: bool) -> Answer:
-                vector, missing = await self._vector(engine, terms, lenient)
+                vector, scale, missing = await self._vector(engine, terms, lenient)
                 encoded_s = time.perf_counter() - began
                 until = skip + limit
                 found: list[Found]
@@ -288,15 +291,20 @@ class Service:
                     step: max((part.took_s[step] for part in found), default=0.0)
                     for step in ("search", "rerank", "group")
                 }
-                follows = more and until < MOST_SEGMENTS
+                page = merged[skip:until]
+                segments = sure(page, scale, min_confidence)
+                hidden = len(page) - len(segments)
+                follows = more and not hidden and until < MOST_SEGMENTS
                 results = Results(
                     query=described(terms),
                     snapshot=engine.snapshot,
                     took_ms=(time.perf_counter() - began) * 1000,
-                    segments=tuple(merged[skip:until]),
+                    segments=segments,
                     background=engine.background(vector),
-                    more=more,
+                    more=more and not hidden,
                     took_s={"encode": encoded_s, **steps},
+                    hidden=hidden,
+                    hidden_more=more and hidden > 0,
                 )
                 cursor = to_cursor(engine.snapshot, until) if follows else None
                 return Answer(results, sorted({*missing, *lost}), cursor)
@@ -318,7 +326,7 @@ class Service:
 
             async def answer(engine: Engine, lenient: bool) -> tuple[Timeline, str, float]:
                 self.video(video_id)
-                vector, _ = await self._vector(engine, terms, lenient)
+                vector, _, _ = await self._vector(engine, terms, lenient)
                 found, missing = await self._ask_all(
                     engine, lenient, "timeline", video_id, vector, steps
                 )
@@ -358,8 +366,10 @@ class Service:
 
     async def _vector(
         self, engine: Engine, terms: Sequence[Term], lenient: bool
-    ) -> tuple[Vector, list[str]]:
-        """The query's vector (dim,), and which parts were missing from what it needs."""
+    ) -> tuple[Vector, Scale | None, list[str]]:
+        """The query's vector (dim,), the scale of its scores, and which parts were missing from what it
+        needs.
+        """
         found = await asyncio.gather(*(self._vector_of(engine, t, lenient) for t in terms))
         vectors = [vector for vector, _ in found]
         missing = [reason for _, reasons in found for reason in reasons]
@@ -370,7 +380,8 @@ class Service:
             if not parts:
                 raise UnavailableError("; ".join(missing))
             spreads = np.sqrt(np.mean(np.square(parts), axis=0)).tolist()
-        return compose(vectors, [term.weight for term in terms], spreads), missing
+        vector = compose(vectors, [term.weight for term in terms], spreads)
+        return vector, engine.scale(terms, vectors, spreads), missing
 
     async def _vector_of(
         self, engine: Engine, term: Term, lenient: bool

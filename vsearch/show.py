@@ -202,13 +202,15 @@ def results_table(results: "Results", folder: Path | None = None) -> Table:
     table = Table(
         title=f"“{escape(results.query)}”  ({results.took_ms:.0f} ms)", title_justify="left"
     )
-    for heading in ("", "from", "to", "score", "video"):
+    for heading in ("", "from", "to", "score", "confidence", "video"):
         table.add_column(
             heading, justify="left" if heading == "video" else "right", overflow="fold"
         )
     for place, s in enumerate(results, 1):
         name = Path(s.video).name if folder else s.video
-        table.add_row(str(place), clock(s.start_s), clock(s.end_s), f"{s.score:.3f}", escape(name))
+        told = "–" if s.confidence is None else f"{s.confidence:.2f}"
+        times = (clock(s.start_s), clock(s.end_s))
+        table.add_row(str(place), *times, f"{s.score:.3f}", told, escape(name))
     return table
 
 

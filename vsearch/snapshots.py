@@ -382,7 +382,8 @@ class Snapshots:
 def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries of all files that a snapshot needs."""
     found = [manifest["videos"]]
-    for holder in (manifest["quantizer"], manifest["queries"], *manifest["shards"]):
+    shared = (manifest["quantizer"], manifest["queries"], manifest.get("made_up"))
+    for holder in (*shared, *manifest["shards"]):
         if holder:
             found += [value for name, value in holder.items() if name.endswith("_file") and value]
     return found

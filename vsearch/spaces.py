@@ -9,10 +9,13 @@ from dataclasses import replace
 
 from vsearch.config import UserError, check_alpha
 from vsearch.corpus import Corpus
-from vsearch.moments import ALIKE
+from vsearch.moments import ALIKE, CUT
 from vsearch.parts import (
     FLAT,
     Recipe,
+    best_scores,
+    calibration,
+    made_up_sentences,
     pieces_of,
     projector_for,
     read_sentences,
@@ -84,6 +87,8 @@ class Comparison:
                 recipe,
                 self._corpus.url,
             )
+            made_up = made_up_sentences(scratch.url, "made-up", read_sentences())
+            best = best_scores(scratch.url, shard, made_up)
             manifest = {
                 "parent": None,
                 "kind": "flat",
@@ -95,6 +100,7 @@ class Comparison:
                 "quantizer": None,
                 "queries": None,
                 "tuning": None,
+                "calibration": calibration(made_up, [best]),
                 "shards": [shard | FLAT],
             }
             places = dict.fromkeys(self._contents, 0)
@@ -105,7 +111,7 @@ class Comparison:
         """What the rows of a space are made of: moments as in the snapshot in use, if there is one."""
         projector = projector_for(self._corpus, space)
         alike = self._manifest["alike"] if self._manifest else ALIKE
-        recipe = Recipe(projector, alike)
+        recipe = Recipe(projector, alike, CUT)
         if space != "fused" or projector is None:
             return recipe
         return replace(recipe, alpha=self._share(projector))

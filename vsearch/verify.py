@@ -21,7 +21,7 @@ from vsearch.corpus import Corpus, span_record, vector_matrix
 from vsearch.fusion import mapping
 from vsearch.index import Shard
 from vsearch.projector import Projector
-from vsearch.schema import ROWS, SPANS, VIDEOS, SpanRecord, frames_schema
+from vsearch.schema import ROWS, ROWS_WITHOUT_SHOTS, SPANS, VIDEOS, SpanRecord, frames_schema
 from vsearch.snapshots import Snapshots, Spans, content_of, files_of, spans_by_video
 
 ALIKE_ENOUGH = 0.999
@@ -173,7 +173,7 @@ def _check_fit(
     for number, shard in enumerate(manifest["shards"]):
         with checking("shard", f"index/{shard['rows_file']['name']}"):
             rows = pq.read_table(snapshots.path(shard["rows_file"]))
-            if not rows.schema.equals(ROWS) or rows.num_rows != shard["rows"]:
+            if rows.schema not in (ROWS, ROWS_WITHOUT_SHOTS) or rows.num_rows != shard["rows"]:
                 raise UserError(f"it does not hold the shard's {shard['rows']} rows")
             path = snapshots.path(shard["vectors_file"])
             codes = shard["codes_file"] and snapshots.path(shard["codes_file"])

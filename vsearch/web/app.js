@@ -169,6 +169,7 @@ function clearResults() {
   countLine.textContent = "";
   moreButton.hidden = true;
   find("export").hidden = true;
+  find("weak").hidden = true;
   find("empty").hidden = true;
   find("start").hidden = !isEmpty(query);
 }
@@ -184,6 +185,7 @@ function showAnswer(found) {
   moreButton.hidden = cursor === null;
   if (found.partial) sayPartial(found);
   showCount();
+  showHidden(found);
   showEmpty();
 }
 
@@ -198,7 +200,7 @@ function cardOf(segment, old) {
     also: (own) => addExample(own, 1),
     unlike: (own) => addExample(own, AGAINST),
   });
-  showStrength(card, segment.score, answer.background, best());
+  showStrength(card, segment, answer.background, best());
   return card;
 }
 
@@ -211,6 +213,21 @@ function showCount() {
   countLine.replaceChildren(`${count(segments.length, "moment")}${more} · `,
     element("span", { textContent: took, title: tookInParts(answer.took) }), " · index of ",
     element("span", { textContent: builtAt(answer.snapshot), title: `snapshot ${answer.snapshot}` }));
+}
+
+/** What of the matches is too weak to be shown, and the way to it. */
+function showHidden({ hidden, hidden_more: more }) {
+  const weak = find("weak");
+  weak.hidden = !hidden;
+  if (!hidden) return;
+  const some = `${count(hidden, "weak match", "weak matches")}${more ? ", and more," : ""}`;
+  const words = `${some} ${hidden === 1 && !more ? "is" : "are"} hidden.`;
+  const button = element("button", { type: "button", className: "quiet", textContent: "Show weak matches" });
+  button.addEventListener("click", () => {
+    query.weak = true;
+    changed();
+  });
+  weak.replaceChildren(element("p", { textContent: words }), button);
 }
 
 /** A snapshot's name begins with the time at which it was built, in UTC. */
@@ -245,6 +262,10 @@ function showEmpty() {
   const empty = find("empty");
   empty.hidden = segments.length > 0;
   if (segments.length) return;
+  if (answer?.hidden) {
+    empty.replaceChildren(element("h2", { textContent: "Nothing in the archive matches well" }));
+    return;
+  }
   const filtered = hasFilters(query);
   const parts = [
     element("h2", { textContent: filtered ? "Nothing passes the filters" : "Nothing found" }),
@@ -276,6 +297,7 @@ async function more() {
     results.append(...found.segments.map((segment) => cardOf(segment)));
     if (found.partial) sayPartial(found);
     showCount();
+    showHidden(found);
   } catch (error) {
     if (signal.aborted) return;
     if (!(error instanceof Problem)) throw error;
@@ -351,17 +373,24 @@ document.addEventListener("click", (event) => {
 
 // Typing.
 
+/** Another sentence begins without its weak matches. */
+function takeText() {
+  const text = input.value.trim();
+  if (text !== query.text) query.weak = false;
+  query.text = text;
+}
+
 input.addEventListener("input", () => {
   clearTimeout(typing);
   typing = setTimeout(() => {
-    query.text = input.value.trim();
+    takeText();
     changed({ typed: true });
   }, DEBOUNCE_MS);
 });
 
 find("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  query.text = input.value.trim();
+  takeText();
   changed({ typed: true });
   draft = 0;
   if (matchMedia("(pointer: coarse)").matches) input.blur();

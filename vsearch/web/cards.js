@@ -44,7 +44,7 @@ export function makeCard(segment, widthPx, actions) {
 }
 
 /** A bar from the query's background (0) to its best answer (1). */
-export function showStrength(card, score, background, best) {
+export function showStrength(card, { score, confidence }, background, best) {
   const share = best > background ? (score - background) / (best - background) : 0;
   const percent = Math.round(Math.min(1, Math.max(0, share)) * 100);
   const meter = card.querySelector(".meter");
@@ -52,6 +52,8 @@ export function showStrength(card, score, background, best) {
   meter.setAttribute("aria-label", `Score ${score.toFixed(3)}, ${percent} % of the best`);
   meter.firstElementChild.style.width = `${percent}%`;
   card.querySelector(".score").textContent = score.toFixed(3);
+  const known = confidence !== null && confidence !== undefined;
+  card.querySelector(".score").title = known ? `confidence ${confidence.toFixed(2)}` : "";
 }
 
 function frameWidth(widthPx) {

@@ -3,6 +3,7 @@
 import { clock, fileName, when } from "./text.js";
 
 export const AGAINST = -0.5;
+const MIN_CONFIDENCE = 0.95; // as the command line has it
 
 /** Terms are { weight } with one of text, image (base64 of a JPEG), or video_id and at_s. */
 export function emptyQuery() {
@@ -11,6 +12,7 @@ export function emptyQuery() {
     terms: [],
     where: { path: "", video: "", tags: {}, after: "", before: "", from_s: null, to_s: null },
     min_score: null,
+    weak: false, // whether weak matches are shown as well
   };
 }
 
@@ -51,6 +53,7 @@ export function fromAddress(search, state) {
     where.tags[name] = value.join("=");
   }
   query.min_score = numberOf(params.get("min_score"));
+  query.weak = params.has("weak");
   return query;
 }
 
@@ -70,6 +73,7 @@ export function toAddress(query) {
   for (const name of ["from_s", "to_s"]) if (where[name] !== null) params.set(name, where[name]);
   for (const [name, value] of Object.entries(where.tags)) params.append("tag", `${name}=${value}`);
   if (query.min_score !== null) params.set("min_score", query.min_score);
+  if (query.weak) params.set("weak", "");
   const text = params.toString();
   return text ? `?${text}` : location.pathname;
 }
@@ -96,7 +100,8 @@ export function toBody(query) {
   if (before) where.before = before;
   if (fromS !== null) where.from_s = fromS;
   if (toS !== null) where.to_s = toS;
-  return { ...lookedFor(query), where, min_score: query.min_score };
+  const sure = query.weak ? 0 : MIN_CONFIDENCE;
+  return { ...lookedFor(query), where, min_score: query.min_score, min_confidence: sure };
 }
 
 /** A pattern is taken as it is; other text may stand anywhere, in whatever case. */
