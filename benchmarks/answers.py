@@ -29,7 +29,7 @@ from rich.table import Table
 import vsearch
 from vsearch import build_index as stage
 from vsearch.config import MIN_CONFIDENCE
-from vsearch.demo.scenes import COLOURS, KINDS, SETTINGS, Scene
+from vsearch.demo.scenes import COLOURS, KINDS, SETTINGS, Scene, View
 from vsearch.demo.sentences import (
     HELD_OUT_TEMPLATES,
     PLACES,
@@ -37,14 +37,14 @@ from vsearch.demo.sentences import (
     Mention,
     sentence,
 )
-from vsearch.evaluate import ANSWERS, Moment, Query, read_queries, score, temporal_iou
+from vsearch.evaluate import ANSWERS, Moment, Query, read_queries, score
 from vsearch.query import Term, compose
 from vsearch.scoring import auroc
 from vsearch.search import Engine
 
 Floats = NDArray[np.float64]
 ABSENT = 60
-FIGURES = ("R1@0.5", "R1@0.7", "R5@0.5", "R5@0.7", "mAP", "boundary_s")
+FIGURES = ("R1@0.5", "R1@0.7", "R5@0.5", "R5@0.7", "mAP@0.5", "boundary-error-s")
 STATISTICS: dict[str, Callable[[Floats, Floats], float]] = {
     "mean": lambda v, s: _mean(v, s, v > -9),
     "max": lambda v, s: float(v.max()),
@@ -92,16 +92,6 @@ class Rows:
 # ── where answers begin and end ──────────────────────────────────────────────────────────────────
 
 
-def judged(queries: list[Query], answers: list[list[tuple[Moment, float]]]) -> dict[str, float]:
-    errors = []
-    for query, found in zip(queries, answers, strict=True):
-        first = found[0][0]
-        true = max(query.moments, key=lambda moment: temporal_iou(first, moment))
-        if temporal_iou(first, true) >= 0.5:
-            errors.append((abs(first.start_s - true.start_s) + abs(first.end_s - true.end_s)) / 2)
-    return score(queries, answers) | {"boundary_s": float(np.mean(errors))}
-
-
 def boundaries(
     engine: Engine, queries: list[Query], name: str
 ) -> Iterator[tuple[str, dict[str, float]]]:
@@ -120,7 +110,7 @@ def boundaries(
         candidates[name].append([moment for moment, _ in own[-1]])
         for hits in (50, 200):
             candidates[f"runs of {hits} rows"].append(rows.runs(scores[:, column], hits))
-    yield f"{name}, as it is", judged(queries, own)
+    yield f"{name}, as it is", score(queries, own)
     for grouping, moments in candidates.items():
         for statistic, value in STATISTICS.items():
             answers = []
@@ -133,7 +123,7 @@ def boundaries(
                         (moment, value(scores[mine, column], lasting) if len(mine) else -1)
                     )
                 answers.append(sorted(ranked, key=lambda pair: -pair[1]))
-            yield f"{grouping}, {statistic}", judged(queries, answers)
+            yield f"{grouping}, {statistic}", score(queries, answers)
 
 
 # ── when there is no answer ──────────────────────────────────────────────────────────────────────
@@ -180,7 +170,7 @@ def no_answer(engine: Engine, queries: list[Query]) -> dict[str, Any]:
 # ── what is not wanted ───────────────────────────────────────────────────────────────────────────
 
 
-def negations(shots: list[Scene]) -> Iterator[tuple[str, str, list[int], list[int]]]:
+def negations(shots: list[View]) -> Iterator[tuple[str, str, list[int], list[int]]]:
     """(what is wanted, what is not, shots with the first alone, shots with both)."""
     rng = np.random.default_rng(0)
 
@@ -218,7 +208,7 @@ def unwanted(engine: Engine, moments: list[Moment], shots: list[Scene]) -> dict[
             for weight in (0.25, 0.5, 1.0)
         },
     }
-    cases = list(negations(shots))
+    cases = list(negations([scene.view(0) for scene in shots]))
     figures: dict[str, Any] = {"pairs": len(cases)}
     known: dict[str, Any] = {}
     for name, terms_of in asked.items():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vsearch import scoring
-from vsearch.config import UserError, space_name
+from vsearch.config import MIN_CONFIDENCE, UserError, space_name
 from vsearch.query import Term
 from vsearch.scoring import Bools, Floats
 
@@ -191,7 +191,11 @@ class _Table:
         return np.column_stack([scoring.means(self.values)(draws), separation])
 
 
-def _table(queries: Sequence[Query], answers: Sequence[Answers]) -> _Table:
+def _table(
+    queries: Sequence[Query], answers: Sequence[Answers], shown: Sequence[bool] | None = None
+) -> _Table:
+    """`shown` tells which queries people see an answer to; by default those that have one."""
+    shown = [bool(answer) for answer in answers] if shown is None else shown
     found = [[moment for moment, _ in answer] for answer in answers]
     values = np.full((len(queries), len(MEANS)), np.nan)
     column = {name: values[:, place] for place, name in enumerate(MEANS)}
@@ -200,7 +204,7 @@ def _table(queries: Sequence[Query], answers: Sequence[Answers]) -> _Table:
             for name, value in _values(query, found[row]).items():
                 column[name][row] = value
         else:
-            column["FPR"][row] = bool(found[row])
+            column["FPR"][row] = shown[row]
     # A pair is one case, whose value stands at its first query.
     pairs: dict[int, list[int]] = {}
     for row, query in enumerate(queries):
@@ -276,6 +280,12 @@ def _strength(segment: Any) -> float:
     return float(segment.score if confidence is None else confidence)
 
 
+def _is_sure(segment: Any) -> bool:
+    """Whether a segment is shown unless someone asks for weak ones too."""
+    confidence = getattr(segment, "confidence", None)
+    return confidence is None or confidence >= MIN_CONFIDENCE
+
+
 def precisions(queries: Sequence[Query], answers: Sequence[Answers]) -> Floats:
     """The `mAP` of each query (queries,), NaN for those without true moments."""
     return _table(queries, answers).values[:, MEANS.index("mAP")]
@@ -285,7 +295,8 @@ def judge(queries: Sequence[Query], found: Sequence[Sequence[Any]]) -> dict[str,
     """The figures for the segments `found` for each query. Queries that carry a group are scored by
     group as well, under `groups`. Each has its `intervals`.
     """
-    table = _table(queries, [answers_of(segments) for segments in found])
+    shown = [any(_is_sure(segment) for segment in segments) for segments in found]
+    table = _table(queries, [answers_of(segments) for segments in found], shown)
     result = _judged(table) | {"bootstrap": scoring.BOOTSTRAP}
     groups = np.array([query.group for query in queries])
     if any(groups):
