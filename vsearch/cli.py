@@ -18,7 +18,6 @@ from vsearch.config import (
     KEPT_SNAPSHOTS,
     MIN_CONFIDENCE,
     MIN_RECALL,
-    TrainConfig,
     UserError,
     encoder_names,
 )
@@ -31,6 +30,7 @@ from vsearch.show import (
     console,
     coverage_line,
     draw_recall,
+    drift_line,
     emit,
     emit_parts,
     figures_table,
@@ -173,7 +173,7 @@ LISTED_FILES = 20
 
 def main() -> None:
     """Runs the command line. A user's mistake is one sentence on stderr and exit code 2; 3 is for an
-    index that does not reach its recall.
+    index that does not reach its recall, and for a projector that forgot too much.
     """
     try:
         code = app(standalone_mode=False)  # of a typer.Exit, which it keeps to itself
@@ -244,6 +244,7 @@ def ingest(
     """
     from vsearch.corpus import Corpus
     from vsearch.coverage import json_parts
+    from vsearch.drift import told as projector_told
     from vsearch.ingest import ingest as run
     from vsearch.placement import Limits
     from vsearch.snapshots import Snapshots
@@ -273,7 +274,9 @@ def ingest(
         return
     stored = Corpus(corpus)
     if as_json:
-        emit_parts(json_parts(stored.each_state(), Snapshots(stored).indexed()))
+        emit_parts(
+            json_parts(stored.each_state(), Snapshots(stored).indexed(), projector_told(stored))
+        )
     told = stored.overview(None, True, STATUS_ROWS)
     if not as_json:
         console.print(coverage_line(told), highlight=False)
@@ -286,6 +289,8 @@ def ingest(
         f"stored now, in {seconds:.1f} s"
         + (f"; {saved} of them share the vectors of the frame before." if saved else ".")
     )
+    if summary.drift and (projector := projector_told(stored)):
+        console.print(drift_line(projector), highlight=False)
     if summary.unread:
         console.print("[yellow]A part could not be read now[/]; run the same command again:")
         for line in summary.unread[:10]:
@@ -359,16 +364,30 @@ def train(
     corpus: CorpusOption = DEFAULT_CORPUS,
     workers: WorkersOption = None,
     gpus: GpusOption = None,
+    from_newest: Annotated[
+        bool,
+        typer.Option(
+            "--from-newest",
+            help="Start from the newest projector: sooner done, and it must not forget.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train the projector DINO → CLIP on the corpus' frames.
 
-    Example: [bold]vsearch train --corpus ./corpus[/]
+    With --from-newest the videos that the newest projector was validated on stay unseen. Where the outcome
+    is no better, or has forgotten too much of them, nothing is published and the exit code is 3.
+
+    Examples:
+
+    [bold]vsearch train --corpus ./corpus[/]
+
+    [bold]vsearch train --corpus ./corpus --from-newest[/]
     """
     from vsearch.train import train as run
 
     with console.status("training the projector"):
-        summary = run(corpus, TrainConfig(), workers, gpus, announce)
+        summary = run(corpus, None, workers, gpus, announce, from_newest)
     facts = "  ".join(f"{name} {value}" for name, value in summary.metrics.items())
     console.print(
         f"projector {summary.version} ({'new' if summary.new else 'up to date'}): {facts}"
@@ -613,8 +632,9 @@ def submit(
     RAY_AUTH_MODE=token and RAY_AUTH_TOKEN let you in where Ray's authentication is on.
 
     Exit codes: 0 the job succeeded; 2 a mistake in what was asked for; 3 the index does not reach its
-    recall; 1 or another one, the job's own, for what else it failed at; 4 somebody stopped it; 5 its end
-    is not known, as the cluster did not answer for half an hour or lost the job; 130 Ctrl-C.
+    recall, or a fine-tuned projector forgot too much; 1 or another one, the job's own, for what else it
+    failed at; 4 somebody stopped it; 5 its end is not known, as the cluster did not answer for half an
+    hour or lost the job; 130 Ctrl-C.
 
     Examples:
 
@@ -967,23 +987,27 @@ def status(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what of the corpus is embedded and indexed, what is not, and why.
+    """Show what of the corpus is embedded and indexed, what is not, and why; and how the projector fares
+    on what was ingested since its training.
 
     Example: [bold]vsearch status --corpus ./corpus --failed[/]
     """
     from vsearch.corpus import Corpus
     from vsearch.coverage import json_parts
+    from vsearch.drift import told as projector_told
     from vsearch.snapshots import Snapshots
 
     stored = Corpus(corpus)
-    indexed = Snapshots(stored).indexed()
+    indexed, projector = Snapshots(stored).indexed(), projector_told(stored)
     if as_json:
-        emit_parts(json_parts(stored.each_state(), indexed))
+        emit_parts(json_parts(stored.each_state(), indexed, projector))
         return
     told = stored.overview(indexed, failed, None if failed else STATUS_ROWS)
     out = Console()
     out.print(coverage_line(told), highlight=False)
     out.print(index_line(told), highlight=False)
+    if projector:
+        out.print(drift_line(projector), highlight=False)
     print_videos(out, told)
 
 

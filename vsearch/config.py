@@ -190,7 +190,9 @@ class TrainConfig:
 
     hidden: int = 2048
     info_nce_weight: float = 0.5
-    temperature: float = 0.07
+    temperature: float = (
+        0.2  # the article's 0.07 drives scenes apart that are alike: docs/training.md
+    )
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     batch_size: int = 1024

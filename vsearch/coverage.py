@@ -328,11 +328,17 @@ def as_dict(states: list[VideoState], indexed: dict[str, Any] | None) -> dict[st
     return {**told.to_dict(), "per_video": [told.video(state) for state in states]}
 
 
-def json_parts(states: Iterable[VideoState], indexed: dict[str, Any] | None) -> Iterator[str]:
-    """As `as_dict`, the text of its JSON in parts: memory does not hold all videos."""
+def json_parts(
+    states: Iterable[VideoState],
+    indexed: dict[str, Any] | None,
+    projector: dict[str, Any] | None = None,
+) -> Iterator[str]:
+    """As `as_dict`, with what `drift.told` tells of the projector, the text of its JSON in parts: memory
+    does not hold all videos.
+    """
     told = Overview((), indexed, only_flawed=True)
     yield '{"per_video": ['
     for number, state in enumerate(states):
         told.add(state)
         yield (", " if number else "") + json.dumps(told.video(state))
-    yield "], " + json.dumps(told.to_dict())[1:]
+    yield "], " + json.dumps({**told.to_dict(), "projector": projector})[1:]

@@ -5,6 +5,7 @@ repeated ingest does only what is missing.
 """
 
 import json
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,8 +22,9 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from vsearch import runtime
 from vsearch.buckets import Buckets, together
 from vsearch.config import CorpusConfig, EncoderNames, Sampling, UserError
-from vsearch.corpus import Corpus
+from vsearch.corpus import Corpus, newest_projector
 from vsearch.decoder import ATTEMPTS, DecoderDiedError, own_decoder
+from vsearch.drift import SAMPLED_FILES, Drift
 from vsearch.placement import Limits, anywhere, ingest_words, plan_ingest, prefer
 from vsearch.probing import PLACES, PROBED, classify, portions, probe_files, probe_tasks
 from vsearch.sampling import SpanRun, has_pairs, span_id
@@ -72,7 +74,8 @@ class IngestSummary:
     """What one ingest did, or would do. `videos` counts the files at the sources; `found` tells how
     many of them are new, changed, moved, copy, relabelled (other tags or recording time only),
     unchanged, failed or unreadable, and how many known ones are gone. `unread` says of which videos a
-    part could not be read now, and why: it stays pending.
+    part could not be read now, and why: it stays pending. `drift` tells how the newest projector fares
+    on what was stored, None without one.
     """
 
     videos: int
@@ -84,6 +87,7 @@ class IngestSummary:
     video_s: float = 0.0
     unread: list[str] = field(default_factory=list)
     listing: list[tuple[str, str]] = field(default_factory=list)
+    drift: Drift | None = None
 
 
 Report = Callable[[Progress], None]
@@ -155,11 +159,16 @@ def ingest(
                 corpus.add_videos(table)
         corpus.tidy()
         corpus.enter()
+        some = _Sample(SAMPLED_FILES)
         done, unread = _embed_missing(
-            corpus, listed, retry_failed, limits or Limits(), report, announce
+            corpus, listed, retry_failed, limits or Limits(), some, report, announce
         )
         corpus.settle()
         corpus.enter()
+        drift = None
+        if some.taken and newest_projector(corpus):
+            measure = _measure_drift.options(**prefer("index", runtime.nodes()))
+            drift = ray.get(measure.remote(corpus.url, some.taken, done.frames))
     return replace(
         summary,
         spans=done.done,
@@ -167,7 +176,30 @@ def ingest(
         embedded=done.embedded,
         video_s=done.video_s,
         unread=unread,
+        drift=drift,
     )
+
+
+@ray.remote(num_cpus=1)
+def _measure_drift(corpus_url: str, files: list[str], frames: int) -> Drift | None:
+    from vsearch.drift import measure
+
+    return measure(Corpus(corpus_url), files, frames)
+
+
+class _Sample:
+    """At most `most` of any number of names, each as likely as the others (reservoir sampling)."""
+
+    def __init__(self, most: int) -> None:
+        self.taken: list[str] = []
+        self._most, self._seen, self._rng = most, 0, random.Random(0)
+
+    def add(self, name: str) -> None:
+        self._seen += 1
+        if len(self.taken) < self._most:
+            self.taken.append(name)
+        elif (place := self._rng.randrange(self._seen)) < self._most:
+            self.taken[place] = name
 
 
 def _require(corpus: Corpus, names: EncoderNames, sampling: Sampling, pairs: float) -> None:
@@ -244,6 +276,7 @@ def _embed_missing(
     listed: Buckets,
     retry: bool,
     limits: Limits,
+    some: _Sample,
     report: Report,
     announce: Announce,
 ) -> tuple[Progress, list[str]]:
@@ -256,7 +289,9 @@ def _embed_missing(
     report(progress)
     unread: list[str] = []
     for portion in _portions(tasks):
-        progress = _embed(corpus, portion, planned, progress, unread, limits, report, announce)
+        progress = _embed(
+            corpus, portion, planned, progress, unread, limits, some, report, announce
+        )
     return progress, unread
 
 
@@ -278,10 +313,13 @@ def _embed(
     progress: Progress,
     unread: list[str],
     limits: Limits,
+    some: _Sample,
     report: Report,
     announce: Announce,
 ) -> Progress:
-    """Decodes, embeds and stores what the tasks say; gives the progress after that."""
+    """Decodes, embeds and stores what the tasks say; gives the progress after that, and `some` of the
+    files.
+    """
     expected = progress.total
     config = corpus.config
     nodes = runtime.nodes()
@@ -327,6 +365,8 @@ def _embed(
     for batch in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
         unread += batch["problem"].drop_null().to_pylist()
         videos = batch["video_id"].drop_null().to_pylist()
+        for name in batch["file"].drop_null().unique().to_pylist():
+            some.add(name)
         for video_id in videos:
             planned[video_id] -= 1
         sums = {name: sum(batch[name].drop_null().to_pylist()) for name in _SUMS}
@@ -363,6 +403,7 @@ _EMBEDDED = pa.schema(
 _STORED = pa.schema(
     [
         ("problem", pa.string()),
+        ("file", pa.string()),
         ("video_id", pa.string()),
         ("frames", pa.int64()),
         ("embedded", pa.int64()),
@@ -518,7 +559,8 @@ def _store(batch: pa.Table, corpus_url: str, config: CorpusConfig) -> pa.Table:
         tables.append(pa.table(columns, schema=schema))
         stored.append(asdict(record) | {"video_s": max(times) - min(times) if times else 0.0})
     if records:
-        Corpus(corpus_url).add_frames(pa.concat_tables(tables), records)
+        file = Corpus(corpus_url).add_frames(pa.concat_tables(tables), records)
+        stored = [row if "problem" in row else row | {"file": file} for row in stored]
     return pa.Table.from_pylist(stored, schema=_STORED)
 
 

@@ -97,6 +97,13 @@ def paired_metrics(projected: Tensor, clip: Tensor) -> dict[str, float]:
     }
 
 
+def load_projector(corpus: Corpus, version: str) -> Projector:
+    """A projector of the corpus, on the CPU."""
+    folder = f"projector/{version}"
+    weights = corpus.read(f"{folder}/model.safetensors")
+    return Projector.from_bytes(weights, corpus.read(f"{folder}/config.json"))
+
+
 def projection(
     corpus: Corpus, version: str
 ) -> tuple[str, Callable[[NDArray[np.float16]], NDArray[np.float16]]]:
@@ -104,10 +111,7 @@ def projection(
     CLIP's space, by a projector of the corpus, on a GPU where this process has one.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = f"projector/{version}"
-    model = Projector.from_bytes(
-        corpus.read(f"{folder}/model.safetensors"), corpus.read(f"{folder}/config.json")
-    ).to(device)
+    model = load_projector(corpus, version).to(device)
 
     @torch.inference_mode()
     def project(vectors: NDArray[np.float16]) -> NDArray[np.float16]:

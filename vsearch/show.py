@@ -165,6 +165,24 @@ def index_line(told: "Overview") -> str:
     return line
 
 
+def drift_line(projector: dict[str, Any]) -> str:
+    """How the projector fares on what came after its training, as `drift.told` tells it, and whether to
+    train again.
+    """
+    line = (
+        f"Projector {projector['version']} has a cosine of {projector['cosine']:.3f} in validation"
+    )
+    if not projector["new_frames"]:
+        return f"{line}; nothing was ingested since."
+    line += f"; on the {projector['new_frames']} frames ingested since, "
+    if projector["new_cosine"] is not None:
+        line += f"{projector['new_cosine']:.3f}, and "
+    line += f"they lie {projector['new_distance']:.2f} times as far out as those it was trained on."
+    if projector["training_due"]:
+        line += " [yellow]A training is due[/]: run vsearch train (--from-newest is sooner done)."
+    return line
+
+
 def print_videos(out: Console, told: "Overview") -> None:
     """Prints a table of the videos to show; where there are more it says how many."""
     shown = told.shown()

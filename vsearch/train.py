@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs
+import pyarrow.parquet as pq
 import ray.train
+from numpy.typing import NDArray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
 from vsearch import runtime
@@ -41,7 +43,21 @@ NODES_LOST = 10
 in time do not count."""
 
 VALIDATION_PAIRS = 2000
-"""The metrics are taken on at most this many pairs a worker, spread evenly over its videos."""
+"""The metrics are taken on at most this many pairs a worker, spread evenly over its videos; as many are
+kept with the projector."""
+
+FINE_TUNING = replace(TrainConfig(), learning_rate=3e-4, max_epochs=20, patience=4)
+"""How a training goes that starts from a projector."""
+
+MOST_FALL = 0.01
+"""A projector whose cosine on the validation pairs of the one that it started from fell further is not
+published."""
+
+
+class NotBetterError(UserError):
+    """A fine-tuned projector that forgot too much, or learned nothing: the former one stays in use."""
+
+    exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -59,13 +75,18 @@ def train(
     workers: int | None = None,
     gpus: int | None = None,
     announce: Callable[[str], None] = lambda line: None,
+    from_newest: bool = False,
 ) -> TrainSummary:
     """Trains a projector on the corpus' pairs, unless the newest one was trained on the same. A run
     that was cut off is taken up at its last checkpoint. `gpus` are those that may be used, also such as
     an autoscaler has yet to start; by default all that are alive. `announce` gets a line about what the
     training runs on, when it begins.
+
+    With `from_newest` it starts from the newest projector's weights, whose validation videos stay
+    unseen. Raises `NotBetterError`, and publishes nothing, if what comes out of that is no better on all
+    validation pairs, or its cosine on those of the newest projector falls by more than `MOST_FALL`.
     """
-    config = config or TrainConfig()
+    config = config or (FINE_TUNING if from_newest else TrainConfig())
     corpus = Corpus(corpus_url)
     spans = corpus.spans()
     counted = {span: found for span, found in spans.items() if found[1].frames and found[1].pairs}
@@ -77,11 +98,13 @@ def train(
             )
         raise UserError(f"The corpus at {corpus_url} holds no frames yet: ingest videos first.")
     stored = sorted((span, record.attempts) for span, (_, record) in counted.items())
-    text = json.dumps([stored, asdict(config)])
-    trained_on = hashlib.sha256(text.encode()).hexdigest()[:16]
+    pairs, trained_on = _digest(stored), _digest([stored, asdict(config)])
     newest = newest_projector(corpus)
-    if newest and newest[1]["trained_on"] == trained_on:
+    if newest and _is_up_to_date(newest[1], pairs, trained_on, from_newest):
         return TrainSummary(newest[0], False, newest[1]["metrics"])
+    start = _start(corpus, newest and newest[0]) if from_newest else None
+    held_out = set(_kept_pairs(corpus, start)[0]) if start else set()
+    name = f"{trained_on}-{start}" if start else trained_on
     runtime.connect()
     nodes = runtime.nodes()
     gpus = sum(node.gpus for node in nodes) if gpus is None else gpus
@@ -94,9 +117,10 @@ def train(
     training = {
         "train_loop_config": {
             "corpus": corpus.url,
-            **_material(counted, config),
+            **_material(counted, config, held_out),
             "config": asdict(config),
-            "trained_on": trained_on,
+            "name": name,
+            "record": {"trained_on": trained_on, "pairs": pairs, "from": start},
         },
         "scaling_config": ScalingConfig(
             num_workers=count,
@@ -104,7 +128,7 @@ def train(
             resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpus else {}),
         ),
         "run_config": RunConfig(
-            name=trained_on,
+            name=name,
             **_run_storage(corpus),
             failure_config=FailureConfig(max_failures=NODES_LOST),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
@@ -113,6 +137,8 @@ def train(
     with runtime.user_errors():
         ray.get(_fit.remote(training))
     newest = newest_projector(corpus)
+    if start and newest and newest[0] == start:
+        raise NotBetterError(json.loads(corpus.read(_refusal(name))))
     if newest is None or newest[1]["trained_on"] != trained_on:
         raise RuntimeError("the training ended without a projector")
     return TrainSummary(newest[0], True, newest[1]["metrics"])
@@ -128,24 +154,74 @@ def _fit(training: dict[str, Any]) -> None:
     TorchTrainer(_train_loop, **training).fit()
 
 
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _is_up_to_date(newest: dict[str, Any], pairs: str, trained_on: str, from_newest: bool) -> bool:
+    """Whether a training would only repeat what the newest projector, by its config.json, knows. One
+    that was fine-tuned on the same pairs counts, however it was asked for.
+    """
+    if newest["trained_on"] == trained_on:
+        return True
+    return newest.get("pairs") == pairs and (from_newest or newest["from"] is not None)
+
+
+def _start(corpus: Corpus, version: str | None) -> str:
+    """The projector to start from. Raises `UserError` if it cannot be."""
+    if version is None:
+        raise UserError(
+            f"The corpus at {corpus.url} has no projector to start from: run 'vsearch train' first."
+        )
+    if not corpus.exists(_kept(version)) or not _kept_pairs(corpus, version)[0]:
+        raise UserError(
+            f"The projector {version} keeps no validation pairs, so what it would forget cannot be "
+            f"told: run 'vsearch train' once without --from-newest."
+        )
+    return version
+
+
+def _kept(version: str) -> str:
+    return f"projector/{version}/validation.parquet"
+
+
+def _kept_pairs(
+    corpus: Corpus, version: str
+) -> tuple[list[str], NDArray[np.float16], NDArray[np.float16]]:
+    """(video ids, dino (n, d), clip (n, c)) of the validation pairs kept with a projector."""
+    with corpus.open(_kept(version)) as file:
+        table = pq.read_table(file, page_checksum_verification=True)
+    return table["video_id"].to_pylist(), vector_matrix(table["dino"]), vector_matrix(table["clip"])
+
+
+def _refusal(name: str) -> str:
+    """The file that says why the outcome of a run was not published."""
+    return f"projector/.runs/{name}.json"
+
+
 def _run_storage(corpus: Corpus) -> dict[str, Any]:
     """Where Ray Train keeps its checkpoints: in the corpus, through fsspec as all else."""
     fs = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(corpus.fs))
     return {"storage_path": corpus.path("projector/.runs"), "storage_filesystem": fs}
 
 
-def _material(counted: dict[str, tuple[str, SpanRecord]], config: TrainConfig) -> dict[str, Any]:
+def _material(
+    counted: dict[str, tuple[str, SpanRecord]], config: TrainConfig, held_out: set[str]
+) -> dict[str, Any]:
     """What the workers learn from: `files`, the ids of the spans that count in each frames file; the
-    `share` of their rows that is used; the videos that are `held_out` for validation.
+    `share` of their rows that is used; the videos that are `held_out` for validation, those given
+    among them.
     """
     files: dict[str, list[str]] = {}
     for span, (name, _) in sorted(counted.items()):
         files.setdefault(name, []).append(span)
     records = [record for _, record in counted.values()]
+    videos = sorted({record.video_id for record in records})
+    held_out = held_out & set(videos) | split_videos(videos, config.validation)
     return {
         "files": dict(sorted(files.items())),
         "share": min(1.0, config.max_pairs / sum(record.frames for record in records)),
-        "held_out": sorted(split_videos(sorted({r.video_id for r in records}), config.validation)),
+        "held_out": sorted(held_out),
     }
 
 
@@ -154,12 +230,16 @@ def _material(counted: dict[str, tuple[str, SpanRecord]], config: TrainConfig) -
 
 @dataclass(frozen=True)
 class _Pairs:
-    """This worker's pairs: training x (n, d), y (n, c) in fp16, validation in fp32."""
+    """This worker's pairs: training x (n, d), y (n, c) in fp16, validation in fp32 with the `videos`
+    that these are of. `dealt`: the other workers have other validation pairs.
+    """
 
     x: "torch.Tensor"
     y: "torch.Tensor"
     x_val: "torch.Tensor"
     y_val: "torch.Tensor"
+    videos: list[str]
+    dealt: bool
 
 
 def _load_pairs(
@@ -172,7 +252,7 @@ def _load_pairs(
     held_out = job["held_out"]
     by_file = len(names) >= 4 * world  # few files are dealt out by rows, so that all ranks get some
     rng = np.random.default_rng(config.seed)
-    dino, clip, held = [], [], []
+    dino, clip, held, videos = [], [], [], []
     for name in names[rank::world] if by_file else names:
         for table in corpus.frames(name, ["video_id", "span_id", "dino", "clip"]):
             chosen = np.isin(table["span_id"].to_numpy(zero_copy_only=False), job["files"][name])
@@ -180,30 +260,39 @@ def _load_pairs(
             table = table.filter(pa.array(chosen))
             dino.append(vector_matrix(table["dino"]))
             clip.append(vector_matrix(table["clip"]))
-            held.append(np.isin(table["video_id"].to_numpy(zero_copy_only=False), held_out))
+            ids = table["video_id"].to_numpy(zero_copy_only=False)
+            held.append(np.isin(ids, held_out))
+            videos += ids[held[-1]].tolist()
     x, y, validation = np.concatenate(dino), np.concatenate(clip), np.concatenate(held)
     train_rows, val_rows = np.flatnonzero(~validation), np.flatnonzero(validation)
     if not by_file:
         train_rows = train_rows[rank::world]
     if not held_out:  # a single video: there is nothing to hold out
         val_rows = train_rows
-    few = np.linspace(0, len(val_rows) - 1, min(len(val_rows), VALIDATION_PAIRS)).astype(int)
+    few = _few(len(val_rows))
     val_rows = val_rows[few]
     return _Pairs(
         torch.from_numpy(x[train_rows]).to(device),
         torch.from_numpy(y[train_rows]).to(device),
         torch.from_numpy(x[val_rows]).float().to(device),
         torch.from_numpy(y[val_rows]).float().to(device),
+        [videos[i] for i in few] if held_out else [],
+        by_file,
     )
+
+
+def _few(count: int) -> NDArray[np.int64]:
+    """At most `VALIDATION_PAIRS` of so many rows, spread evenly."""
+    return np.linspace(0, count - 1, min(count, VALIDATION_PAIRS)).astype(np.int64)
 
 
 def _train_loop(job: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device, prepare_model
 
-    from vsearch.projector import Projector, projection_loss
+    from vsearch.projector import Projector, load_projector, projection_loss
 
-    config = TrainConfig(**job["config"])
+    config, corpus = TrainConfig(**job["config"]), Corpus(job["corpus"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = get_device()
@@ -218,13 +307,19 @@ def _train_loop(job: dict[str, Any]) -> None:
     batch = min(config.batch_size, int(fewest))
     steps_per_epoch = max(1, int(fewest) // batch)
 
-    projector = Projector(pairs.x.shape[1], pairs.y.shape[1], config.hidden)
-    projector.standardise_by(mean.cpu(), std.cpu())
+    start = job["record"]["from"]
+    if start:
+        projector = load_projector(corpus, start).train()
+    else:
+        projector = Projector(pairs.x.shape[1], pairs.y.shape[1], config.hidden)
+        projector.standardise_by(mean.cpu(), std.cpu())
     model = prepare_model(projector)
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, weight_decay=config.weight_decay
     )
     state = _State(projector, optimizer)
+    if start:  # what comes out is better than that, or is not published
+        state.note(_validate(projector, pairs, world), -1)
     state.resume(ray.train.get_checkpoint(), device)
     began = saved = time.monotonic()
     first_epoch = state.epoch
@@ -236,7 +331,7 @@ def _train_loop(job: dict[str, Any]) -> None:
         for step in range(steps_per_epoch):
             done = state.epoch * steps_per_epoch + step
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _warm_cosine(
+                group["lr"] = config.learning_rate * warm_cosine(
                     done, config.max_epochs * steps_per_epoch
                 )
             rows = order[step * batch : (step + 1) * batch]
@@ -251,7 +346,7 @@ def _train_loop(job: dict[str, Any]) -> None:
             optimizer.step()
             losses.append(loss.detach())
         metrics = _validate(projector, pairs, world)
-        state.note(metrics)
+        state.note(metrics, state.epoch)
         report = {"epoch": state.epoch, "loss": float(torch.stack(losses).mean()), **metrics}
         print(json.dumps({"stage": "train", **report}), flush=True)  # seen in a job's log
         # A report with a checkpoint costs seconds, an epoch may take less: the first rank's clock
@@ -263,8 +358,10 @@ def _train_loop(job: dict[str, Any]) -> None:
                 ray.train.report(report, checkpoint=checkpoint)
             saved = time.monotonic()
         state.epoch += 1
+    kept = _all_validation(pairs, world)
     if rank == 0:
         projector.load_state_dict(state.best)
+        projector.eval().cpu()
         summary = {
             "epochs": state.epoch,
             "resumed_at_epoch": first_epoch,
@@ -273,7 +370,14 @@ def _train_loop(job: dict[str, Any]) -> None:
             "seconds": round(time.monotonic() - began, 1),
             **{name: round(value, 4) for name, value in state.best_metrics.items()},
         }
-        _publish(Corpus(job["corpus"]), projector, config, job["trained_on"], summary)
+        if start:
+            compared = _compared(corpus, start, projector, kept)
+            refusal = _why_not_better(start, state.best_epoch >= 0, compared)
+            if refusal:
+                corpus.write(_refusal(job["name"]), json.dumps(refusal).encode())
+                return
+            summary |= compared
+        _publish(corpus, projector, config, job["record"], kept, summary)
 
 
 def _validate(projector: Any, pairs: _Pairs, world: int) -> dict[str, float]:
@@ -292,7 +396,65 @@ def _validate(projector: Any, pairs: _Pairs, world: int) -> dict[str, float]:
     return {name: float(total[i] / total[-1]) for i, name in enumerate(names)}
 
 
-def _warm_cosine(step: int, steps: int, warm_up: int = 50) -> float:
+def _all_validation(pairs: _Pairs, world: int) -> pa.Table:
+    """The validation pairs to keep, of all ranks: `video_id`, `dino`, `clip` (both fp16)."""
+    import torch.distributed as dist
+
+    x, y = (values.half().cpu().numpy() for values in (pairs.x_val, pairs.y_val))
+    mine = (pairs.videos, x[: len(pairs.videos)], y[: len(pairs.videos)])
+    parts: list[Any] = [mine]
+    if world > 1 and pairs.dealt:
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+    videos = [video for part in parts for video in part[0]]
+    few = _few(len(videos))
+    columns = {"video_id": pa.array([videos[i] for i in few], pa.string())}
+    for place, name in ((1, "dino"), (2, "clip")):
+        rows = np.concatenate([part[place] for part in parts])[few]
+        values = pa.array(rows.reshape(-1), pa.float16())
+        columns[name] = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
+    return pa.table(columns)
+
+
+def _compared(corpus: Corpus, start: str, projector: Any, kept: pa.Table) -> dict[str, float]:
+    """The mean cosines of the projector that a training started from and of what came out, on the
+    validation pairs of the former and on those of videos that it did not keep, if there are any.
+    """
+    import torch
+
+    from vsearch.projector import load_projector, paired_metrics
+
+    ids, dino, clip = _kept_pairs(corpus, start)
+    new = ~np.isin(kept["video_id"].to_numpy(zero_copy_only=False), ids)
+    rest = kept.filter(pa.array(new))
+    sets = {"old": (dino, clip)}
+    if rest.num_rows:
+        sets["new"] = vector_matrix(rest["dino"]), vector_matrix(rest["clip"])
+    found = {}
+    with torch.inference_mode():
+        for when, model in (("before", load_projector(corpus, start)), ("after", projector)):
+            for name, (x, y) in sets.items():
+                projected = model(torch.from_numpy(x).float())
+                cosine = paired_metrics(projected, torch.from_numpy(y).float())["cosine"]
+                found[f"{name}_{when}"] = round(cosine, 4)
+    return found
+
+
+def _why_not_better(start: str, learned: bool, compared: dict[str, float]) -> str | None:
+    """Why a fine-tuned projector is not to be published, None if it is."""
+    stays = f"The projector {start} stays in use"
+    if not learned:
+        return f"{stays}: starting from it, nothing better was found on the validation videos."
+    before, after = compared["old_before"], compared["old_after"]
+    if after < before - MOST_FALL:
+        return (
+            f"{stays}: what came of it has a cosine of {after:.4f} on its validation pairs, where it has "
+            f"{before:.4f} itself; run 'vsearch train' to train afresh on all pairs."
+        )
+    return None
+
+
+def warm_cosine(step: int, steps: int, warm_up: int = 50) -> float:
     """The share of the learning rate at a step: a linear start, then half a cosine down to zero."""
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -328,9 +490,10 @@ class _State:
         self.best: dict[str, torch.Tensor] = {}
         self.best_metrics: dict[str, float] = {"cosine": -math.inf}
 
-    def note(self, metrics: dict[str, float]) -> None:
+    def note(self, metrics: dict[str, float], epoch: int) -> None:
+        """Remembers the weights if they are the best so far; those at the start are of epoch −1."""
         if metrics["cosine"] > self.best_metrics["cosine"]:
-            self.best_epoch, self.best_metrics = self.epoch, metrics
+            self.best_epoch, self.best_metrics = epoch, metrics
             self.best = {k: v.detach().clone() for k, v in self._projector.state_dict().items()}
 
     def save(self, folder: Path) -> Any:
@@ -374,16 +537,17 @@ class _State:
 
 
 def _publish(
-    corpus: Corpus, projector: Any, config: TrainConfig, trained_on: str, metrics: dict[str, Any]
+    corpus: Corpus,
+    projector: Any,
+    config: TrainConfig,
+    made_of: dict[str, Any],
+    kept: pa.Table,
+    metrics: dict[str, Any],
 ) -> None:
     """Writes the projector's folder; `config.json` comes last and makes it count."""
     version = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     weights, sizes = projector.to_bytes()
-    record = {
-        **json.loads(sizes),
-        "trained_on": trained_on,
-        "training": asdict(config),
-        "metrics": metrics,
-    }
+    record = {**json.loads(sizes), **made_of, "training": asdict(config), "metrics": metrics}
     corpus.write(f"projector/{version}/model.safetensors", weights)
+    corpus.write_table(_kept(version), kept)
     corpus.write(f"projector/{version}/config.json", (json.dumps(record, indent=2) + "\n").encode())

@@ -76,6 +76,9 @@ def verify(corpus_url: str, report: Callable[[str], None] = lambda name: None) -
             with checking("projector", name):
                 weights = corpus.read(f"{name}/model.safetensors")
                 Projector.from_bytes(weights, corpus.read(f"{name}/config.json"))
+                if corpus.exists(f"{name}/validation.parquet"):  # older ones have none
+                    with corpus.open(f"{name}/validation.parquet") as file:
+                        pq.read_table(file, page_checksum_verification=True)
     _check_index(corpus, found, checking)
     for folder in ("videos", "frames", "spans", "index", "index/parts"):
         found.orphans += corpus.files(folder, ".tmp")
