@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from vsearch.build_index import SENTENCES
 from vsearch.config import TrainConfig
 from vsearch.corpus import Corpus, vector_matrix
 from vsearch.encoders import ClipEncoder
 from vsearch.evaluate import read_queries
+from vsearch.parts import SENTENCES
 from vsearch.projector import Projector, paired_metrics, projection_loss
 from vsearch.train import FINE_TUNING, warm_cosine
 

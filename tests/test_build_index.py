@@ -19,6 +19,7 @@ from archive import SHOT, add_rows, add_video, config, vectors_of, video_row
 
 import vsearch
 from vsearch import build_index as stage
+from vsearch import parts
 from vsearch.build_index import IndexSummary, build_index
 from vsearch.config import UserError
 from vsearch.corpus import Corpus
@@ -107,7 +108,7 @@ def test_a_segment_ends_at_a_cut_that_dino_sees(corpus: Corpus) -> None:
 
 def made_up_of(corpus: Corpus) -> tuple[float, float]:
     """Mean and deviation of what made-up sentences keep of their best score, from all vectors."""
-    bank = stage.SENTENCES.read_text().split("\n")
+    bank = parts.SENTENCES.read_text().split("\n")
     bank = [text.strip() for text in bank if text.strip()]
     third = len(bank) // 3
     texts = [f"{text}, {bank[(n + third) % len(bank)]}" for n, text in enumerate(bank)]

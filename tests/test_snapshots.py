@@ -285,6 +285,8 @@ def test_every_file_of_a_snapshot_is_named_with_its_checksum(whole: Path) -> Non
     manifest = Snapshots(Corpus(str(whole))).current_manifest()
     assert manifest
     entries = files_of(manifest)
-    assert len(entries) == 8  # videos, quantizer, queries; vectors, rows, codes, cells, probe
+    assert (
+        len(entries) == 9
+    )  # videos, quantizer, queries, made_up; vectors, rows, codes, cells, probe
     assert all(len(entry["sha256"]) == 64 and entry["size_bytes"] > 0 for entry in entries)
     assert "pickle" not in json.dumps(manifest)
