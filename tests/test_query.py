@@ -76,6 +76,7 @@ def test_a_term_that_makes_no_sense_is_refused(values):
         ("a car WITHOUT snow but without trees", "a car", ["snow", "trees"]),
         ("“a car without a tree”", "a car without a tree", []),
         ('"a car without a tree"', "a car without a tree", []),
+        ('"a car" without "a tree"', '"a car"', ['"a tree"']),
         ("a car and a tree", "a car and a tree", []),
         ("without a tree", "without a tree", []),
         ("a car without", "a car without", []),
