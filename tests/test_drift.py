@@ -175,6 +175,15 @@ def test_without_a_projector_or_files_nothing_is_recorded(corpus):
     assert "nothing was ingested since" in drift_line(told)
 
 
+def test_fine_tuning_needs_videos_that_it_may_learn_from(corpus):
+    footage(corpus, "a", 3.0)
+    store_projector(corpus)
+    frames = next(corpus.frames(corpus.files("frames")[0], ["video_id", "dino", "clip"]))
+    corpus.write_table(f"projector/{VERSION}/validation.parquet", frames)
+    with pytest.raises(UserError, match=r"none to learn from.*without --from-newest"):
+        train(corpus.url, from_newest=True)
+
+
 def test_a_projector_of_a_former_version_is_no_start_for_fine_tuning(corpus):
     footage(corpus, "a", 3.0)
     with pytest.raises(UserError, match="no projector to start from"):
