@@ -155,7 +155,7 @@ def loss_of(
         if recipe.negatives == "others":
             near = (video[:, None] == video) & ~torch.eye(len(x), dtype=torch.bool)
             logits = logits.masked_fill(near, -torch.inf)
-            wanted, logits = wanted.argmax(1), logits
+            wanted = wanted.argmax(1)
         else:
             wanted = F.softmax(true @ true.T / config.temperature, 1)
         loss = 1 - (found * true).sum(1).mean()

@@ -295,9 +295,7 @@ def test_a_moment_may_be_longer_than_what_is_compared_at_once() -> None:
     assert moments.frames.tolist() == [1000, 3]
 
 
-def shots_by_hand(
-    pts_s: NDArray[np.float64], dino: NDArray[np.float16], cut: float
-) -> list[int]:
+def shots_by_hand(pts_s: NDArray[np.float64], dino: NDArray[np.float16], cut: float) -> list[int]:
     """The definition, frame by frame: what is on the screen in the half second to either side."""
     unit = dino.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)

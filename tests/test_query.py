@@ -1,12 +1,16 @@
 """Composed queries: what their one vector ranks, against standard scores taken one by one."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsearch.config import UserError
-from vsearch.query import Term, compose, described, read_sentence, terms_of
+import vsearch
+from vsearch.config import MIN_CONFIDENCE, UserError
+from vsearch.query import AGAINST, Term, compose, described, read_sentence, terms_of
 
 
 def unit(vectors):
@@ -101,6 +105,15 @@ def test_terms_and_what_is_left_out_are_not_read_as_sentences():
 def test_any_sentence_can_be_read(typed):
     first, *others = read_sentence(typed)
     assert first.weight == 1 and all(term.weight == -0.5 for term in others)
+
+
+def test_the_page_asks_as_the_command_line_does():
+    script = (Path(vsearch.__file__).parent / "web" / "query.js").read_text(encoding="utf-8")
+    found = re.findall(r"const ([A-Z_]+) = ([-\d.]+);", script)
+    assert {name: float(value) for name, value in found} == {
+        "AGAINST": AGAINST,
+        "MIN_CONFIDENCE": MIN_CONFIDENCE,
+    }
 
 
 def test_a_query_needs_something_to_look_for():

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vsearch.config import UserError
+from vsearch.config import MIN_CONFIDENCE, UserError
 from vsearch.filters import Filter
 from vsearch.pictures import read_picture
 from vsearch.query import AGAINST, MOST_WEIGHT, Term, read_sentence, terms_of
@@ -20,14 +20,14 @@ Text = Annotated[str, Field(max_length=500)]
 Name = Annotated[str, Field(max_length=2000)]
 Seconds = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 
-
 SENTENCE = (
     "a sentence: what the moment should show. What follows 'without', 'but no' or 'and not' counts "
     "against it, unless all of it is in quotes"
 )
 Confidence = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 CONFIDENCE = (
-    "segments less sure than this are hidden, and counted in `hidden`; 0.95 is what the page does"
+    f"segments less sure than this are hidden, and counted in `hidden`; {MIN_CONFIDENCE} is what the page "
+    "asks for"
 )
 
 Format = Literal["json", "csv", "edl", "otio"]
@@ -167,7 +167,7 @@ class SegmentOut(BaseModel):
     recorded_at: str = Field(description="absolute time of the start, ISO 8601")
     confidence: float | None = Field(
         description="0 to 1: the share of made-up sentences, which nothing shows, that score less; null "
-        "where a picture or moment is looked for"
+        "where a picture or moment is looked for, and where the snapshot knows none"
     )
 
 

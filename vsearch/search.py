@@ -45,7 +45,7 @@ class Segment:
     """A stretch of one video that answers a query. Times are seconds as a player seeks; `best_s` is
     its strongest frame, `score` its mean cosine, `recorded_at` the absolute time of its start.
     `confidence` (0 to 1) is the share of made-up sentences whose best row scores less, see
-    `vsearch.confidence`; None where the query asks for more than sentences.
+    `vsearch.confidence`; None where a picture or a moment is looked for, and in snapshots of before.
     """
 
     video: str
