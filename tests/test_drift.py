@@ -17,6 +17,7 @@ from vsearch.projector import Projector
 from vsearch.schema import frames_schema
 from vsearch.show import drift_line
 from vsearch.train import train
+from vsearch.verify import verify
 
 DINO, CLIP = CONFIG.dino.dim, CONFIG.clip.dim
 FRAMES = 60
@@ -160,6 +161,19 @@ class Counted:
         found = self._function(column)
         self.rows.append(len(found))
         return found
+
+
+@pytest.mark.parametrize("text", [b"", b'{"frames": 1', b'{"frames": 1}', b"[]", b"3"])
+def test_damaged_figures_are_named(corpus, text):
+    store_projector(corpus)
+    drift.measure(corpus, [footage(corpus, "a", 3.0)], FRAMES)
+    (good,) = corpus.files(f"drift/{VERSION}", ".json")
+    assert verify(corpus.url).checked["drift"] == 1 and not verify(corpus.url).damaged
+    damaged = good.replace(".json", "x.json")
+    corpus.write(damaged, text)
+    assert [name for name, _ in verify(corpus.url).damaged] == [damaged]
+    with pytest.raises(UserError, match=f"{damaged} .*is damaged"):
+        drift.told(corpus)
 
 
 def test_without_a_projector_or_files_nothing_is_recorded(corpus):
