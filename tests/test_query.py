@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vsearch
+from vsearch.api import QueryIn, TermIn
 from vsearch.config import MIN_CONFIDENCE, UserError
 from vsearch.query import AGAINST, Term, compose, described, read_sentence, terms_of
 
@@ -114,6 +115,16 @@ def test_the_page_asks_as_the_command_line_does():
         "AGAINST": AGAINST,
         "MIN_CONFIDENCE": MIN_CONFIDENCE,
     }
+
+
+@pytest.mark.parametrize(("in_sentence", "beside"), [(9, 0), (30, 0), (5, 4), (2, 7)])
+def test_a_request_cannot_ask_for_any_number_of_terms(in_sentence, beside):
+    terms = [TermIn(text="fog", weight=-0.5)] * beside
+    sentence = "a car" + " and no tree" * in_sentence
+    with pytest.raises(UserError, match=f"at most 9 terms.*has {1 + in_sentence + beside}"):
+        QueryIn(q=sentence, terms=terms).all_terms()
+    fewer = sentence.removesuffix(" and no tree" * max(1, in_sentence + beside - 8))
+    assert len(QueryIn(q=fewer, terms=terms).all_terms()) == 9
 
 
 def test_a_query_needs_something_to_look_for():

@@ -101,8 +101,14 @@ class QueryIn(Strict):
     )
 
     def all_terms(self) -> list[Term]:
-        """Raises `UserError` where they make no query."""
+        """Raises `UserError` where they make no query, or too large a one."""
         first = read_sentence(self.q) if self.q is not None else []
+        found = len(first) + len(self.terms)
+        if found > MOST_TERMS + 1:  # each is encoded, those of the sentence too
+            raise UserError(
+                f"A query has at most {MOST_TERMS + 1} terms, those that its sentence is read as among "
+                f"them, and this one has {found}."
+            )
         return terms_of([*first, *(term.term() for term in self.terms)])
 
 
