@@ -1010,7 +1010,8 @@ def status(
     told = stored.overview(indexed, failed, None if failed else STATUS_ROWS)
     out = Console()
     out.print(coverage_line(told), highlight=False)
-    out.print(index_line(told), highlight=False)
+    newest = projector["version"] if projector else None
+    out.print(index_line(told, newest), highlight=False)
     if projector:
         out.print(drift_line(projector), highlight=False)
     print_videos(out, told)
