@@ -1,7 +1,7 @@
 """Where answers begin and end, how they are ranked, when there is none, and what is not wanted.
 
-Method: each corpus of a tiny world (as `vsearch demo` leaves it, with `truth.jsonl` and `shots.jsonl`) is
-indexed in both spaces, and asked
+Method: each corpus of an easy tiny world (as `vsearch demo` leaves it, with `truth.jsonl` and
+`shots.jsonl`) is indexed in both spaces, which publishes snapshots in it, and asked
 
 - all sentences of known moments: segments as the engine makes them, without the cuts that DINO sees, and
   as runs of the best rows with gaps of at most a second; each ranked by other statistics of their rows.

@@ -155,7 +155,7 @@ def loss_of(
         if recipe.negatives == "others":
             near = (video[:, None] == video) & ~torch.eye(len(x), dtype=torch.bool)
             logits = logits.masked_fill(near, -torch.inf)
-            wanted, logits = wanted.argmax(1), logits
+            wanted = wanted.argmax(1)
         else:
             wanted = F.softmax(true @ true.T / config.temperature, 1)
         loss = 1 - (found * true).sum(1).mean()
@@ -380,7 +380,7 @@ def content(worlds: list[World], banks: dict[str, Tensor], seeds: int, out: Cons
         _diagonal([world.right for world in worlds]),
     )
     kinds = _kinds(whole.dino)
-    recipe, bank = ABLATIONS["kept"], banks["general"]
+    recipe, bank = Recipe(), banks["general"]
     names = np.unique(whole.video)
     found: dict[str, list[dict[str, float]]] = {}
     for seed in range(seeds):
@@ -464,7 +464,7 @@ def prompts(worlds: list[World], encoder: ClipEncoder, banks: dict[str, Tensor],
         rest = [world for world in worlds if world is not held]
         x, y = (torch.cat([getattr(w, part) for w in rest]) for part in ("dino", "clip"))
         video = np.concatenate([world.video for world in rest])
-        recipe = ABLATIONS["kept"]
+        recipe = Recipe()
         models = [fit(recipe, x, y, video, seed, banks[recipe.bank]) for seed in range(seeds)]
         for name, templates in (
             ("as it is", TEMPLATES[:1]),
@@ -516,7 +516,7 @@ def main() -> None:
         "corpora", nargs="+", help="ingested, with a truth.jsonl each; two at least"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--only", nargs="+", help="only these trainings of the ablation")
+    parser.add_argument("--only", nargs="+", choices=list(ABLATIONS), help="of the ablation")
     parser.add_argument("--bank", type=Path, help="sentences about such footage, one a line")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)

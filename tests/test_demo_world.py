@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 
+from vsearch.cli import main
 from vsearch.config import UserError
 from vsearch.demo.hard import (
     ACTIONS,
@@ -759,6 +760,19 @@ def test_a_hard_world_is_drawn_as_planned(tmp_path: Path) -> None:
             assert np.abs(drawn - stored).mean() < 8
     with pytest.raises(UserError, match="easy or hard, not 'harder'"):
         make_world(tmp_path / "c", 9, 1, 1, difficulty="harder")
+
+
+def test_another_difficulty_is_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "world-7-20").mkdir()
+    (tmp_path / "world-7-20" / "truth.jsonl").touch()
+    words = ["vsearch", "demo", "--corpus", str(tmp_path), "--difficulty", "harder"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 2 and "no --difficulty 'harder'; choose one of easy, hard" in said
 
 
 def test_every_cast_finds_room_in_the_frame() -> None:

@@ -17,6 +17,7 @@ from vsearch.projector import Projector
 from vsearch.schema import frames_schema
 from vsearch.show import drift_line
 from vsearch.train import train
+from vsearch.verify import verify
 
 DINO, CLIP = CONFIG.dino.dim, CONFIG.clip.dim
 FRAMES = 60
@@ -162,6 +163,19 @@ class Counted:
         return found
 
 
+@pytest.mark.parametrize("text", [b"", b'{"frames": 1', b'{"frames": 1}', b"[]", b"3"])
+def test_damaged_figures_are_named(corpus, text):
+    store_projector(corpus)
+    drift.measure(corpus, [footage(corpus, "a", 3.0)], FRAMES)
+    (good,) = corpus.files(f"drift/{VERSION}", ".json")
+    assert verify(corpus.url).checked["drift"] == 1 and not verify(corpus.url).damaged
+    damaged = good.replace(".json", "x.json")
+    corpus.write(damaged, text)
+    assert [name for name, _ in verify(corpus.url).damaged] == [damaged]
+    with pytest.raises(UserError, match=f"{damaged} .*is damaged"):
+        drift.told(corpus)
+
+
 def test_without_a_projector_or_files_nothing_is_recorded(corpus):
     name = footage(corpus, "a", 3.0)
     assert drift.measure(corpus, [name], FRAMES) is None and drift.told(corpus) is None
@@ -173,6 +187,15 @@ def test_without_a_projector_or_files_nothing_is_recorded(corpus):
     told = drift.told(corpus)
     assert told["new_frames"] == 0 and not told["training_due"]
     assert "nothing was ingested since" in drift_line(told)
+
+
+def test_fine_tuning_needs_videos_that_it_may_learn_from(corpus):
+    footage(corpus, "a", 3.0)
+    store_projector(corpus)
+    frames = next(corpus.frames(corpus.files("frames")[0], ["video_id", "dino", "clip"]))
+    corpus.write_table(f"projector/{VERSION}/validation.parquet", frames)
+    with pytest.raises(UserError, match=r"none to learn from.*without --from-newest"):
+        train(corpus.url, from_newest=True)
 
 
 def test_a_projector_of_a_former_version_is_no_start_for_fine_tuning(corpus):

@@ -67,5 +67,8 @@ def test_a_projector_that_sees_something_else_has_next_to_none() -> None:
     assert share(0.5, 0.1, sees=0.0) <= 0.2
 
 
-def test_without_frames_both_count_the_same() -> None:
+def test_where_nothing_tells_both_count_the_same() -> None:
     assert tuned([]) == EVEN == 0.5
+    rng = np.random.default_rng(0)
+    alone = unit(rng.standard_normal((1, DIM))), unit(rng.standard_normal((1, DIM)))
+    assert tuned(foretold(alone, alone, rng.standard_normal((9, DIM)).astype(np.float32))) == EVEN

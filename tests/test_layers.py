@@ -1,6 +1,7 @@
 """The house rules: who may import Ray, and who may import whom."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,13 @@ def test_module_imports_only_what_stands_above(module: str) -> None:
 @pytest.mark.parametrize("path", DEMO, ids=lambda path: path.stem)
 def test_demo_imports_only_config(path: Path) -> None:
     assert own_imports(path) <= {"config", "demo"}
+
+
+def test_contributing_shows_the_house_as_it_is() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)\.py`", text[text.index("| module |") : text.index("## Rules")])
+    assert [name for name in named if name in ORDER] == ORDER
+    assert sorted(named) == sorted(MODULES)
 
 
 def test_every_layer_exists() -> None:

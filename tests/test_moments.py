@@ -295,27 +295,38 @@ def test_a_moment_may_be_longer_than_what_is_compared_at_once() -> None:
     assert moments.frames.tolist() == [1000, 3]
 
 
-def shots_by_hand(dino: NDArray[np.float16], cut: float, lasting: int) -> list[int]:
-    """The definition, frame by frame."""
+def shots_by_hand(pts_s: NDArray[np.float64], dino: NDArray[np.float16], cut: float) -> list[int]:
+    """The definition, frame by frame: what is on the screen in the half second to either side."""
     unit = dino.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     shots = [0]
     for row in range(1, len(unit)):
-        after = unit[row : row + lasting] @ unit[row - 1]
-        before = unit[max(0, row - lasting) : row] @ unit[row]
+        since, until = pts_s[row] - 0.5 + 1e-6, pts_s[row] + 0.5 - 1e-6
+        after = unit[row:][pts_s[row:] < until] @ unit[row - 1]
+        before = unit[:row][(pts_s[1 : row + 1] > since)] @ unit[row]
         shots.append(shots[-1] + int(max(after.max(), before.max()) < cut))
     return shots
 
 
-@given(st.integers(0, 1000), st.integers(1, 60), st.integers(1, 70), st.sampled_from([2, 6, 10]))
-def test_shots_are_those_of_a_plain_loop(seed: int, frames: int, at_once: int, fps: int) -> None:
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 60),
+    st.integers(1, 70),
+    st.sampled_from([2, 6, 10]),
+    st.booleans(),
+)
+def test_shots_are_those_of_a_plain_loop(
+    seed: int, frames: int, at_once: int, fps: int, steady: bool
+) -> None:
     rng = np.random.default_rng(seed)
     scenes = rng.standard_normal((4, 6))
     dino = scenes[rng.integers(4, size=-(-frames // 3)).repeat(3)[:frames]]
     dino = (dino + 0.2 * rng.standard_normal(dino.shape)).astype(np.float16)
-    shots = shots_of(7 + np.arange(frames) / fps, dino, 0.75, at_once=at_once)
+    steps = np.ones(frames) if steady else rng.choice([0.1, 1.0, 30.0], size=frames)
+    pts_s = 7 + np.cumsum(steps) / fps
+    shots = shots_of(pts_s, dino, 0.75, at_once=at_once)
     assert shots.dtype == np.int32
-    assert shots.tolist() == shots_by_hand(dino, 0.75, fps // 2 if frames > 1 else 1)
+    assert shots.tolist() == shots_by_hand(pts_s, dino, 0.75)
 
 
 def test_a_flash_and_a_frame_without_a_vector_are_no_cuts() -> None:
@@ -324,6 +335,11 @@ def test_a_flash_and_a_frame_without_a_vector_are_no_cuts() -> None:
     assert shots_of(np.arange(31) / 10, flash, 0.75).tolist() == [0] * 22 + [1] * 9
     one_a_second = shots_of(np.arange(31.0), flash, 0.75).tolist()
     assert one_a_second == [0] * 9 + [1] * 4 + [2] * 9 + [3] * 9
+    # A window that covers the screen for a minute is one frame, as is a flash.
+    times_s = np.concatenate([np.arange(10) / 25, 60 + np.arange(10) / 25])
+    screen = seen[[0] * 9 + [2] + [0] * 10]
+    assert shots_of(times_s, screen, 0.75).tolist() == [0] * 9 + [1] + [2] * 10
+    assert shots_of(np.arange(20) / 25, screen, 0.75).tolist() == [0] * 20
     assert shots_of(np.arange(9.0), np.zeros((9, 3), np.float16), 0.75).tolist() == [0] * 9
     assert shots_of(np.zeros(0), np.zeros((0, 3), np.float16), 0.75).tolist() == []
 

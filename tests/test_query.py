@@ -1,12 +1,17 @@
 """Composed queries: what their one vector ranks, against standard scores taken one by one."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsearch.config import UserError
-from vsearch.query import Term, compose, described, read_sentence, terms_of
+import vsearch
+from vsearch.api import QueryIn, TermIn
+from vsearch.config import MIN_CONFIDENCE, UserError
+from vsearch.query import AGAINST, Term, compose, described, read_sentence, terms_of
 
 
 def unit(vectors):
@@ -76,6 +81,7 @@ def test_a_term_that_makes_no_sense_is_refused(values):
         ("a car WITHOUT snow but without trees", "a car", ["snow", "trees"]),
         ("“a car without a tree”", "a car without a tree", []),
         ('"a car without a tree"', "a car without a tree", []),
+        ('"a car" without "a tree"', '"a car"', ['"a tree"']),
         ("a car and a tree", "a car and a tree", []),
         ("without a tree", "without a tree", []),
         ("a car without", "a car without", []),
@@ -100,6 +106,25 @@ def test_terms_and_what_is_left_out_are_not_read_as_sentences():
 def test_any_sentence_can_be_read(typed):
     first, *others = read_sentence(typed)
     assert first.weight == 1 and all(term.weight == -0.5 for term in others)
+
+
+def test_the_page_asks_as_the_command_line_does():
+    script = (Path(vsearch.__file__).parent / "web" / "query.js").read_text(encoding="utf-8")
+    found = re.findall(r"const ([A-Z_]+) = ([-\d.]+);", script)
+    assert {name: float(value) for name, value in found} == {
+        "AGAINST": AGAINST,
+        "MIN_CONFIDENCE": MIN_CONFIDENCE,
+    }
+
+
+@pytest.mark.parametrize(("in_sentence", "beside"), [(9, 0), (30, 0), (5, 4), (2, 7)])
+def test_a_request_cannot_ask_for_any_number_of_terms(in_sentence, beside):
+    terms = [TermIn(text="fog", weight=-0.5)] * beside
+    sentence = "a car" + " and no tree" * in_sentence
+    with pytest.raises(UserError, match=f"at most 9 terms.*has {1 + in_sentence + beside}"):
+        QueryIn(q=sentence, terms=terms).all_terms()
+    fewer = sentence.removesuffix(" and no tree" * max(1, in_sentence + beside - 8))
+    assert len(QueryIn(q=fewer, terms=terms).all_terms()) == 9
 
 
 def test_a_query_needs_something_to_look_for():

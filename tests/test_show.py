@@ -56,12 +56,17 @@ def test_one_line_says_how_much_is_embedded() -> None:
 def test_one_line_says_whether_the_index_is_behind() -> None:
     found = states(2, 0)
     index = {"snapshot": "v1", "rows": 5, "frames": 20, "videos": frozenset({"w0", "w1"})}
+    index["projector"] = None
     assert "no index yet" in index_line(Overview(found))
     assert index_line(Overview(found, index)) == (
         "Snapshot v1 answers from 5 rows, which stand for 20 frames of 2 videos."
     )
     behind = index_line(Overview(found, index | {"frames": 10, "videos": frozenset({"w0"})}))
     assert "It is behind[/]: 1 embedded videos are not in it" in behind
+    projected = Overview(found, index | {"projector": "p1"})
+    assert "behind" not in index_line(projected, "p1")
+    assert "It is behind[/]: there is a newer projector" in index_line(projected, "p2")
+    assert "behind" not in index_line(Overview(found, index), "p2")  # CLIP's own space needs none
 
 
 def test_a_damaged_corpus_is_exit_code_1(

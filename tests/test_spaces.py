@@ -281,6 +281,27 @@ def test_a_corpus_with_few_pairs_has_no_fused_space(encoders: Encoders, tmp_path
         build_index(corpus.url, space="fused")
 
 
+def test_a_space_that_cannot_be_had_is_told_before_any_is_asked(
+    encoders: Encoders,
+    world: Path,
+    truth: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    corpus = Corpus(str(tmp_path))
+    corpus.require(CorpusConfig(encoders.dino.record, encoders.clip.record, encoders.input_px))
+    add_world_video(corpus, encoders, min(world.glob("*.mp4")))
+    asked: list[str] = []
+    monkeypatch.setattr(Comparison, "engine", lambda self, space: asked.append(space))
+    words = ["evaluate", "--queries", str(truth), "--corpus", corpus.url]
+    monkeypatch.setattr("sys.argv", ["vsearch", *words, "--spaces", "clip,projected"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and asked == []
+    assert "has no projector yet" in " ".join(capsys.readouterr().err.split())
+
+
 class Page(HTMLParser):
     """What a browser would make of a page: its elements, its text, its pictures."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vsearch.config import UserError
+from vsearch.config import MIN_CONFIDENCE, UserError
 from vsearch.filters import Filter
 from vsearch.pictures import read_picture
 from vsearch.query import AGAINST, MOST_WEIGHT, Term, read_sentence, terms_of
@@ -20,14 +20,14 @@ Text = Annotated[str, Field(max_length=500)]
 Name = Annotated[str, Field(max_length=2000)]
 Seconds = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 
-
 SENTENCE = (
     "a sentence: what the moment should show. What follows 'without', 'but no' or 'and not' counts "
     "against it, unless all of it is in quotes"
 )
 Confidence = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 CONFIDENCE = (
-    "segments less sure than this are hidden, and counted in `hidden`; 0.95 is what the page does"
+    f"segments less sure than this are hidden, and counted in `hidden`; {MIN_CONFIDENCE} is what the page "
+    "asks for"
 )
 
 Format = Literal["json", "csv", "edl", "otio"]
@@ -101,8 +101,14 @@ class QueryIn(Strict):
     )
 
     def all_terms(self) -> list[Term]:
-        """Raises `UserError` where they make no query."""
+        """Raises `UserError` where they make no query, or too large a one."""
         first = read_sentence(self.q) if self.q is not None else []
+        found = len(first) + len(self.terms)
+        if found > MOST_TERMS + 1:  # each is encoded, those of the sentence too
+            raise UserError(
+                f"A query has at most {MOST_TERMS + 1} terms, those that its sentence is read as among "
+                f"them, and this one has {found}."
+            )
         return terms_of([*first, *(term.term() for term in self.terms)])
 
 
@@ -167,7 +173,7 @@ class SegmentOut(BaseModel):
     recorded_at: str = Field(description="absolute time of the start, ISO 8601")
     confidence: float | None = Field(
         description="0 to 1: the share of made-up sentences, which nothing shows, that score less; null "
-        "where a picture or moment is looked for"
+        "where a picture or moment is looked for, and where the snapshot knows none"
     )
 
 

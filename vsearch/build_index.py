@@ -192,7 +192,7 @@ def build_index(
 
 
 def _known_alpha(
-    parent: dict[str, Any] | None, projector: str | None, retrain: bool
+    parent: dict[str, Any] | None, projector: str, retrain: bool
 ) -> dict[str, Any] | None:
     """What the snapshot in use says of its α, if that holds for the next one."""
     if parent is None or parent["projector"] != projector or retrain:
@@ -311,7 +311,7 @@ def _finished(jobs: list[Any], stage: str, report: Report) -> list[Any]:
 
 
 def _sample(tasks: _Tasks, corpus: Corpus, shards: list[dict[str, Any]], wanted: int) -> list[Any]:
-    """References to what `_shard_sample` gives, about `wanted` vectors of all shards, evenly drawn."""
+    """References to what `parts.shard_sample` gives, about `wanted` vectors of all shards, evenly drawn."""
     total = sum(shard["rows"] for shard in shards)
     counts = [math.ceil(wanted * shard["rows"] / total) for shard in shards]
     shard_sample = tasks.of(parts.shard_sample)

@@ -408,7 +408,10 @@ def index(
     ] = None,
     min_recall: MinRecallOption = MIN_RECALL,
     retrain: Annotated[
-        bool, typer.Option("--retrain", help="Fit the quantizer anew to all that is there now.")
+        bool,
+        typer.Option(
+            "--retrain", help="Fit the quantizer, and a tuned α, anew to all that is there now."
+        ),
     ] = False,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Make all of it anew, as when a part is damaged.")
@@ -950,6 +953,8 @@ def _side_by_side(
 
     check_spaces(names, alpha)
     compared = Comparison(corpus, alpha)
+    for space in names:
+        compared.recipe(space)  # says at once if one of them cannot be had, not after the others
     judged = []
     for space in names:
         with console.status(f"asking the {space} space"), compared.engine(space) as engine:
@@ -1005,7 +1010,8 @@ def status(
     told = stored.overview(indexed, failed, None if failed else STATUS_ROWS)
     out = Console()
     out.print(coverage_line(told), highlight=False)
-    out.print(index_line(told), highlight=False)
+    newest = projector["version"] if projector else None
+    out.print(index_line(told, newest), highlight=False)
     if projector:
         out.print(drift_line(projector), highlight=False)
     print_videos(out, told)
@@ -1108,14 +1114,22 @@ def demo(
 ) -> None:
     """See all of it at work, offline: make a small archive, build it, ask it, judge it, serve it.
 
-    Example: [bold]vsearch demo --no-serve --json[/]
+    Examples:
+
+    [bold]vsearch demo --no-serve --json[/]
+
+    [bold]vsearch demo --difficulty hard --corpus ./hard-archive --no-serve[/]
     """
     import vsearch
     from vsearch.build_index import build_index
-    from vsearch.demo.world import make_world
+    from vsearch.demo.world import DIFFICULTIES, make_world
     from vsearch.evaluate import read_queries
     from vsearch.spaces import SPACES
 
+    if difficulty not in DIFFICULTIES:
+        raise UserError(
+            f"There is no --difficulty {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}."
+        )
     world = Path(corpus) / f"world-{seed}-{videos}{'-hard' if difficulty == 'hard' else ''}"
     others = [path for path in Path(corpus).glob("world-*") if path != world]
     if others:

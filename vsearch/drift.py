@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from vsearch.config import UserError
 from vsearch.corpus import Corpus, newest_projector, vector_matrix
 
 SAMPLED_FILES = 16
@@ -83,13 +84,24 @@ def recorded(corpus: Corpus, version: str) -> Drift | None:
     are none.
     """
     names = corpus.files(f"drift/{version}", ".json")[-LATEST:]
-    found = [Drift(**json.loads(corpus.read(name))) for name in names]
+    found = [read(corpus, name) for name in names]
     if not found:
         return None
     cosine = _mean([(d.cosine, d.frames) for d in found if d.cosine is not None])
     distance = _mean([(d.distance, d.frames) for d in found])
     assert distance is not None
     return Drift(sum(d.frames for d in found), cosine, distance)
+
+
+def read(corpus: Corpus, name: str) -> Drift:
+    """The figures of one ingest. Raises `UserError` if they are damaged."""
+    try:
+        return Drift(**json.loads(corpus.read(name)))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{name} of the corpus at {corpus.url} is damaged: remove it, it only tells how the projector "
+            f"fared on one ingest."
+        ) from error
 
 
 def _mean(weighted: list[tuple[float, int]]) -> float | None:

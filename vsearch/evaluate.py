@@ -1,9 +1,9 @@
 """Retrieval metrics of answers against true moments.
 
-The rule, that of corpus-level moment retrieval with QVHighlights' average precision: an answer is
-right if it lies in the right video and its temporal IoU with a true moment reaches the threshold;
-each true moment can be claimed once, by the strongest answer that reaches it; average precision is
-divided by the number of true moments. Intervals are by bootstrap over the queries.
+The rule, that of corpus-level moment retrieval: an answer is right if it lies in the right video and
+its temporal IoU with a true moment reaches the threshold; each true moment can be claimed once, by the
+strongest answer that reaches it; average precision is not interpolated, and divided by the number of
+true moments. Intervals are by bootstrap over the queries.
 """
 
 import json
@@ -64,6 +64,7 @@ Search = Callable[[str | Sequence[Term], int], Sequence[Any]]
 def read_queries(path: str) -> list[Query]:
     """Queries of a JSONL file with lines `{"query", "moments": [{"video", "start_s", "end_s"}]}`, and
     optionally `group`, `pair` (a number that two lines share) and `terms` (`[{"text", "weight"}]`).
+    Raises `UserError` that names the first line that cannot be used.
     """
     queries = []
     try:
@@ -97,9 +98,14 @@ def _query(entry: dict[str, Any]) -> Query:
     moments = tuple(
         Moment(str(m["video"]), float(m["start_s"]), float(m["end_s"])) for m in entry["moments"]
     )
+    for moment in moments:
+        if not moment.start_s < moment.end_s:  # nor NaN; no answer could ever reach it
+            raise UserError(
+                f"A moment ends after it starts, unlike {moment.start_s:g} to {moment.end_s:g} s."
+            )
     pair = entry.get("pair")
     if isinstance(pair, bool) or not isinstance(pair, int | None):
-        raise ValueError("pair must be a number")
+        raise UserError(f"A pair is a whole number, not {pair!r}.")
     terms = tuple(
         Term(text=str(term["text"]), weight=float(term.get("weight", 1.0)))
         for term in entry.get("terms", [])

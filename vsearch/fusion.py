@@ -25,7 +25,7 @@ Pair = tuple[Vectors, Vectors]
 ALPHAS = tuple(step / 20 for step in range(2, 19))
 """What is tried: a fused space has a part of each."""
 EVEN = 0.5
-"""α where nothing tells: no video is long enough."""
+"""α where nothing tells: no video is long enough, or no score foretells another."""
 LATER_S = 2.0
 
 
@@ -75,8 +75,9 @@ def foretold(now: Pair, then: Pair, sentences: Floats) -> list[tuple[float, floa
 
 
 def tuned(curve: Sequence[tuple[float, float]]) -> float:
-    """The best α of a curve, the smallest of equals; `EVEN` if none was tried."""
-    return max(curve, key=lambda point: point[1])[0] if curve else EVEN
+    """The best α of a curve, the smallest of equals; `EVEN` if none was tried or all of them are 0."""
+    alpha, worth = max(curve, key=lambda point: point[1], default=(EVEN, 0.0))
+    return alpha if worth > 0 else EVEN
 
 
 def _scores(vectors: Vectors, sentences: Floats) -> Any:

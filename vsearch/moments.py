@@ -23,7 +23,7 @@ CUT = 0.75
 ROUNDING_S = 1e-6
 """Times that lie no further apart are the same: some were told from another zero."""
 FLASH_S = 0.5
-"""What is seen no longer than this, and then what was seen before, is no shot of its own."""
+"""What is seen for less than this, and then what was seen before, is no shot of its own."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ def shots_of(
     unless one of them is alike to what is seen on the other side within `FLASH_S`: a flash is no cut. A
     frame without a vector (all 0) is alike to any other.
     """
-    steps = np.diff(pts_s)
-    usual_s = float(np.median(steps[steps > 0])) if (steps > 0).any() else FLASH_S
-    lasting = max(1, round(FLASH_S / usual_s))
     cuts = np.zeros(len(dino), bool)
     for first in range(1, len(dino), at_once):
         part = np.asarray(dino[first - 1 : first + at_once], np.float32)
         for change in np.flatnonzero(_cosines(part[1:], part[:-1]) < cut).tolist():
             row = first + change
-            low = max(0, row - lasting)
-            near = np.asarray(dino[low : row + lasting], np.float32)
+            # By the clock: a frame may stand for minutes among others that last a moment.
+            low = int(np.searchsorted(pts_s, pts_s[row] - FLASH_S + ROUNDING_S, side="right")) - 1
+            low = min(max(0, low), row - 1)
+            stop = int(np.searchsorted(pts_s, pts_s[row] + FLASH_S - ROUNDING_S))
+            near = np.asarray(dino[low:stop], np.float32)
             before, after = near[: row - low], near[row - low :]
             alike = [*_cosines(after, before[-1:]), *_cosines(before, after[:1])]
             cuts[row] = max(alike) < cut

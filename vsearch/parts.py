@@ -98,10 +98,10 @@ def shard_rows(
     """
     corpus = Corpus(corpus_url)
     stored = Corpus(frames_url) if frames_url else corpus
-    columns, vectors_of = fusion.mapping(corpus, recipe.projector, recipe.alpha)
     snapshots = Snapshots(corpus)
     if found := snapshots.part(key):
         return found
+    columns, vectors_of = fusion.mapping(corpus, recipe.projector, recipe.alpha)
     config = corpus.config
     frames = sum(piece.frames for piece in pieces)
     pts_s = np.empty(frames, np.float64)
@@ -308,6 +308,9 @@ def train(corpus_url: str, key: str, nlist: int, rows: int, *sample: tuple[Any, 
 def encode_queries(
     corpus_url: str, key: str, asked: str, sentences: list[str], *sample: tuple[Any, Any]
 ) -> Entry:
+    """The entry of the queries on which recall is measured: the vectors of the sentences, then those of
+    the frames of each sample. `asked` tells what the sentences are.
+    """
     from vsearch.encoders import ClipEncoder
 
     corpus = Corpus(corpus_url)

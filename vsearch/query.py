@@ -65,7 +65,7 @@ def read_sentence(text: str) -> list[Term]:
     is one term, as it stands.
     """
     text = text.strip()
-    if any(len(text) > 2 and (text[0], text[-1]) == tuple(pair) for pair in QUOTES):
+    if text[:1] + text[-1:] in QUOTES and len(text) > 2 and text[0] not in text[1:-1]:
         return [Term(text=text[1:-1])]
     wanted, *unwanted = WITHOUT.split(text)
     if not wanted or not all(unwanted):

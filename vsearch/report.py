@@ -34,7 +34,8 @@ MEANINGS = {
     "mAP": "Mean average precision, the mean over IoU 0.5 to 0.95 by 0.05",
     "NDCG@10": "Normalised discounted cumulative gain of the first ten answers at IoU 0.5",
     "boundary-error-s": "Mean distance in seconds of start and of end, where the first answer is right",
-    "FPR": "Share of queries without true moments that were answered (less is better)",
+    "FPR": "Share of queries without true moments that got an answer which is not hidden as weak (less "
+    "is better)",
     "negation": "Share of pairs in which each sentence has its own moments first",
     "AUROC": "How well the best answer's strength separates queries with true moments from others",
 }

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +45,7 @@ class Segment:
     """A stretch of one video that answers a query. Times are seconds as a player seeks; `best_s` is
     its strongest frame, `score` its mean cosine, `recorded_at` the absolute time of its start.
     `confidence` (0 to 1) is the share of made-up sentences whose best row scores less, see
-    `vsearch.confidence`; None where the query asks for more than sentences.
+    `vsearch.confidence`; None where a picture or a moment is looked for, and in snapshots of before.
     """
 
     video: str
@@ -169,6 +169,26 @@ def sure(
     return tuple(s for s in told if s.confidence is None or s.confidence >= min_confidence)
 
 
+class Shown(NamedTuple):
+    """What `Results` tells of segments and of how sure they are: see there."""
+
+    segments: tuple[Segment, ...]
+    more: bool
+    hidden: int
+    hidden_more: bool
+
+
+def shown(
+    segments: Sequence[Segment], more: bool, scale: Scale | None, min_confidence: float
+) -> Shown:
+    """Of segments, strongest first, with or without `more` behind them: those that are sure enough. All
+    that follows one that is hidden is as weak.
+    """
+    told = sure(segments, scale, min_confidence)
+    hidden = len(segments) - len(told)
+    return Shown(told, more and not hidden, hidden, more and hidden > 0)
+
+
 @dataclass(frozen=True)
 class _Timeline:
     """The rows of a shard. `video` (n,) int32, ascending, is the place of a row's video in the shard,
@@ -253,18 +273,15 @@ class Engine:
         vector = compose(vectors, weights, spreads)
         encoded_s = time.perf_counter() - began
         found = self.find(vector, limit, max_gap_s, where, min_score)
-        segments = sure(found.segments, self.scale(terms, vectors, spreads), min_confidence)
-        hidden = len(found.segments) - len(segments)
+        scale = self.scale(terms, vectors, spreads)
+        told = shown(found.segments, found.more, scale, min_confidence)
         return Results(
             query=query if isinstance(query, str) and len(terms) == 1 else described(terms),
             snapshot=self.snapshot,
             took_ms=(time.perf_counter() - began) * 1000,
-            segments=segments,
             background=self.background(vector),
-            more=found.more and not hidden,
             took_s={"encode": encoded_s, **found.took_s},
-            hidden=hidden,
-            hidden_more=found.more and hidden > 0,
+            **told._asdict(),
         )
 
     def scale(

@@ -27,7 +27,7 @@ from vsearch.coverage import VideoState, totals
 from vsearch.decoder import BusyError, Decoders
 from vsearch.filters import Filter
 from vsearch.query import Term, Vector, compose, described
-from vsearch.search import Engine, Found, Results, Timeline, sure
+from vsearch.search import Engine, Found, Results, Timeline, shown
 from vsearch.versions import Versions
 
 LOG = logging.getLogger("ray.serve")
@@ -291,20 +291,15 @@ class Service:
                     step: max((part.took_s[step] for part in found), default=0.0)
                     for step in ("search", "rerank", "group")
                 }
-                page = merged[skip:until]
-                segments = sure(page, scale, min_confidence)
-                hidden = len(page) - len(segments)
-                follows = more and not hidden and until < MOST_SEGMENTS
+                told = shown(merged[skip:until], more, scale, min_confidence)
+                follows = told.more and until < MOST_SEGMENTS
                 results = Results(
                     query=described(terms),
                     snapshot=engine.snapshot,
                     took_ms=(time.perf_counter() - began) * 1000,
-                    segments=segments,
                     background=engine.background(vector),
-                    more=more and not hidden,
                     took_s={"encode": encoded_s, **steps},
-                    hidden=hidden,
-                    hidden_more=more and hidden > 0,
+                    **told._asdict(),
                 )
                 cursor = to_cursor(engine.snapshot, until) if follows else None
                 return Answer(results, sorted({*missing, *lost}), cursor)

@@ -148,8 +148,10 @@ def coverage_line(told: "Overview") -> str:
     )
 
 
-def index_line(told: "Overview") -> str:
-    """What the index holds, and whether it is behind."""
+def index_line(told: "Overview", projector: str | None = None) -> str:
+    """What the index holds, and whether it is behind: lacks videos, or is of another projector than the
+    newest.
+    """
     indexed = told.indexed
     if indexed is None:
         return "[yellow]There is no index yet[/]: run vsearch train and vsearch index."
@@ -162,6 +164,8 @@ def index_line(told: "Overview") -> str:
             f" [yellow]It is behind[/]: {told.not_in_index} embedded videos are not in it; run "
             f"vsearch index."
         )
+    elif indexed["projector"] not in (None, projector):
+        line += " [yellow]It is behind[/]: there is a newer projector; run vsearch index."
     return line
 
 

@@ -221,8 +221,8 @@ class Snapshots:
         return pq.read_table(self.path(manifest["videos"]))
 
     def indexed(self) -> dict[str, Any] | None:
-        """What the snapshot in use holds: `snapshot`, `kind`, `space`, `rows`, `frames`, and `videos`,
-        the set of their ids. None when there is none yet.
+        """What the snapshot in use holds: `snapshot`, `kind`, `space`, `projector` (its version, None
+        without one), `rows`, `frames`, and `videos`, the set of their ids. None when there is none yet.
         """
         manifest = self.current_manifest()
         if manifest is None:
@@ -230,7 +230,7 @@ class Snapshots:
         ids = pq.read_table(self.path(manifest["videos"]), columns=["video_id"])["video_id"]
         return {
             "snapshot": manifest["version"],
-            **{name: manifest[name] for name in ("kind", "space", "rows", "frames")},
+            **{name: manifest[name] for name in ("kind", "space", "projector", "rows", "frames")},
             "videos": frozenset(ids.to_pylist()),
         }
 

@@ -104,6 +104,7 @@ def train(
         return TrainSummary(newest[0], False, newest[1]["metrics"])
     start = _start(corpus, newest and newest[0]) if from_newest else None
     held_out = set(_kept_pairs(corpus, start)[0]) if start else set()
+    material = _material(counted, config, held_out)
     name = f"{trained_on}-{start}" if start else trained_on
     runtime.connect()
     nodes = runtime.nodes()
@@ -117,7 +118,7 @@ def train(
     training = {
         "train_loop_config": {
             "corpus": corpus.url,
-            **_material(counted, config, held_out),
+            **material,
             "config": asdict(config),
             "name": name,
             "record": {"trained_on": trained_on, "pairs": pairs, "from": start},
@@ -210,7 +211,7 @@ def _material(
 ) -> dict[str, Any]:
     """What the workers learn from: `files`, the ids of the spans that count in each frames file; the
     `share` of their rows that is used; the videos that are `held_out` for validation, those given
-    among them.
+    among them. Raises `UserError` where these are all.
     """
     files: dict[str, list[str]] = {}
     for span, (name, _) in sorted(counted.items()):
@@ -218,6 +219,11 @@ def _material(
     records = [record for _, record in counted.values()]
     videos = sorted({record.video_id for record in records})
     held_out = held_out & set(videos) | split_videos(videos, config.validation)
+    if held_out == set(videos):
+        raise UserError(
+            "Every video that is left is one on which the projector is validated, so there is none to "
+            "learn from: ingest more videos, or run 'vsearch train' without --from-newest."
+        )
     return {
         "files": dict(sorted(files.items())),
         "share": min(1.0, config.max_pairs / sum(record.frames for record in records)),

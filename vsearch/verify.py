@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vsearch import drift
 from vsearch.config import UserError
 from vsearch.corpus import Corpus, span_record, vector_matrix
 from vsearch.fusion import mapping
@@ -79,6 +80,10 @@ def verify(corpus_url: str, report: Callable[[str], None] = lambda name: None) -
                 if corpus.exists(f"{name}/validation.parquet"):  # older ones have none
                     with corpus.open(f"{name}/validation.parquet") as file:
                         pq.read_table(file, page_checksum_verification=True)
+    for version in corpus.folders("drift"):
+        for name in corpus.files(f"drift/{version}", ".json"):
+            with checking("drift", name):
+                drift.read(corpus, name)
     _check_index(corpus, found, checking)
     for folder in ("videos", "frames", "spans", "index", "index/parts"):
         found.orphans += corpus.files(folder, ".tmp")
