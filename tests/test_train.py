@@ -1,15 +1,21 @@
 """Training that starts from the newest projector, on vectors whose law is known."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from ray.util.placement_group import placement_group_table
 from records import span
 
+from vsearch import runtime
 from vsearch.config import CorpusConfig, Encoder, TrainConfig
 from vsearch.corpus import Corpus, newest_projector
 from vsearch.projector import load_projector
@@ -116,3 +122,24 @@ def test_fine_tuning_learns_what_is_new_and_publishes_nothing_that_forgot(tmp_pa
 def second_again(summary):
     """The summary of a training that found its projector there already."""
     return type(summary)(summary.version, False, summary.metrics)
+
+
+def test_a_controller_that_dies_while_its_workers_start_leaves_nothing_reserved(tmp_path):
+    """The placement group that it leaves behind holds all cores: nothing could go on beside it."""
+    corpus = Corpus(str(tmp_path))
+    corpus.require(CONFIG)
+    add_footage(corpus, [f"old{i:02d}" for i in range(30)], centre=0.0)
+    runtime.connect()
+    before = set(placement_group_table())
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train, corpus.url, SMALL)
+        while not (groups := set(placement_group_table()) - before):
+            assert not training.done()
+            time.sleep(0.05)
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if process.cmdline()[0].startswith(("ray::_fit", "ray::TrainController")):
+                    process.kill()
+        assert training.result(timeout=300).new
+    states = {name: group["state"] for name, group in placement_group_table().items()}
+    assert all(states[name] == "REMOVED" for name in groups)

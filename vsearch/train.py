@@ -23,7 +23,19 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import ray.train
 from numpy.typing import NDArray
+from ray import PlacementGroupID
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    WorkerCrashedError,
+)
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from vsearch import runtime
 from vsearch.config import TrainConfig, UserError
@@ -136,7 +148,7 @@ def train(
         ),
     }
     with runtime.user_errors():
-        ray.get(_fit.remote(training))
+        _fit_to_the_end(training)
     newest = newest_projector(corpus)
     if start and newest and newest[0] == start:
         raise NotBetterError(json.loads(corpus.read(_refusal(name))))
@@ -145,7 +157,29 @@ def train(
     return TrainSummary(newest[0], True, newest[1]["metrics"])
 
 
-@ray.remote(num_cpus=1, max_retries=NODES_LOST)
+def _fit_to_the_end(training: dict[str, Any]) -> None:
+    """Runs a training again where what controls it goes away."""
+    known = set(placement_group_table())
+    for lost in range(NODES_LOST + 1):
+        try:
+            return ray.get(_fit.remote(training))
+        except (ActorDiedError, NodeDiedError, OutOfMemoryError, WorkerCrashedError):
+            if lost == NODES_LOST:
+                raise
+            _free_placement_groups(known)
+
+
+def _free_placement_groups(known: set[str]) -> None:
+    """Frees what the job reserved beside the `known` groups. Ray keeps the placement group of a
+    controller that died while its workers started, so that nothing could run there any more.
+    """
+    mine = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name not in known and name.endswith(mine) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(name)))
+
+
+@ray.remote(num_cpus=1, max_retries=0)
 def _fit(training: dict[str, Any]) -> None:
     """Runs a training. Ray Train's controller stands where this is called, and both load torch: as a
     task they are on a node that has cores. While it waits its core is the workers'.
