@@ -822,20 +822,17 @@ def _exported(results: "Results", form: str, engine: "Engine") -> str:
 
 def _cut_out(results: "Results", engine: "Engine", folder: Path) -> None:
     """Writes each segment to a file, and a line about it; exit code 1 if one could not be."""
-    from vsearch.clips import cut
     from vsearch.video import VideoError
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be a folder for clips: {error.strerror}.") from error
-    zeros = {video["video_id"]: video["zero_s"] for video in engine.videos}
     failed = 0
     for place, segment in enumerate(results, 1):
         target = folder / clip_name(place, segment.video, segment.start_s)
-        zero_s = zeros[segment.video_id]
         try:
-            done = cut(segment.video, segment.start_s + zero_s, segment.end_s + zero_s, target)
+            done = engine.cut(segment, target)
         except (VideoError, OSError) as error:
             failed += 1
             line = f"[red]not cut out[/] {escape(segment.video)}: {escape(str(error))}"
@@ -1112,27 +1109,21 @@ def demo(
     """
     import vsearch
     from vsearch.build_index import build_index
-    from vsearch.demo.world import make_world
+    from vsearch.demo.world import world_beside
     from vsearch.evaluate import read_queries
     from vsearch.spaces import SPACES
 
-    world = Path(corpus) / f"world-{seed}-{videos}{'-hard' if difficulty == 'hard' else ''}"
-    others = [path for path in Path(corpus).glob("world-*") if path != world]
-    if others:
-        raise UserError(
-            f"{corpus} holds another world ({others[0].name}), whose sentences would have more answers "
-            f"with this one beside it: choose another --corpus."
+    with progress_bar() as bar:
+        task = bar.add_task(
+            "drawing the videos of a tiny world", total=videos, visible=False, note=""
         )
-    if not (world / "truth.jsonl").exists():
-        with progress_bar() as bar:
-            task = bar.add_task("drawing the videos of a tiny world", total=videos, note="")
-            make_world(
-                world,
-                seed,
-                videos,
-                report=lambda n, _: bar.update(task, completed=n),
-                difficulty=difficulty,
-            )
+        world = world_beside(
+            corpus,
+            seed,
+            videos,
+            difficulty,
+            lambda n, _: bar.update(task, completed=n, visible=True),
+        )
     ingest([str(world)], corpus, models="demo")
     train(corpus)
     with console.status("indexing"):

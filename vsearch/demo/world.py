@@ -112,6 +112,28 @@ def make_world(
     return shots
 
 
+def world_beside(
+    corpus: str,
+    seed: int = 7,
+    videos: int = 20,
+    difficulty: str = "easy",
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """The folder of a world in that of its corpus, where `vsearch demo` has it; made if it is not there.
+    Raises `UserError` where another world is, and as `make_world`.
+    """
+    folder = Path(corpus) / f"world-{seed}-{videos}{'-hard' if difficulty == 'hard' else ''}"
+    others = [path for path in Path(corpus).glob("world-*") if path != folder]
+    if others:
+        raise UserError(
+            f"{corpus} holds another world ({others[0].name}), whose sentences would have more answers "
+            f"with this one beside it: choose another --corpus."
+        )
+    if not (folder / "truth.jsonl").exists():
+        make_world(folder, seed, videos, report=report, difficulty=difficulty)
+    return folder
+
+
 def write_video(path: Path, scenes: Sequence[Scene], fps: int) -> list[Shot]:
     """One MP4 of the scenes, cut together without transitions; each is a whole number of frames."""
     shots = []
