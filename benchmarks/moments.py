@@ -55,7 +55,7 @@ def main() -> None:
         )
     stage.ALIKE = used
     for corpus in corpora:
-        stage.build_index(str(corpus))  # as it was found
+        stage.build_index(str(corpus), rows="moments")  # as it was found
     Console(stderr=True).print(table)
     print(json.dumps(lines))
 

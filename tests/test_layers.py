@@ -16,14 +16,14 @@ WITHOUT_RAY = [
     "search", "evaluate", "storage", "sources", "decoder", "coverage", "probing", "show", "recall",
     "snapshots", "filters", "verify", "parts", "keys", "clips", "exports", "pictures", "query", "api",
     "guard", "media", "versions", "service", "routes", "sizing", "placement", "buckets", "tasks", "laws",
-    "plan", "scoring", "qvhighlights", "fusion", "spaces", "report", "confidence", "drift",
+    "plan", "scoring", "qvhighlights", "fusion", "spaces", "report", "confidence", "drift", "gallery",
 ]  # fmt: skip
 STAGES = {"ingest", "train", "build_index", "serve"}
 ORDER = [
     "config", "placement", "keys", "query", "confidence", "schema", "sampling", "storage", "buckets",
     "sources", "video", "clips", "decoder", "coverage", "corpus", "probing", "tasks", "laws", "plan",
     "encoders", "projector", "drift", "fusion", "pictures", "moments", "sizing", "index", "recall",
-    "snapshots", "filters", "search", "exports", "scoring", "evaluate", "qvhighlights", "verify",
+    "snapshots", "filters", "gallery", "search", "exports", "scoring", "evaluate", "qvhighlights", "verify",
     "parts", "spaces", "report", "api", "guard", "media", "versions", "service", "routes", "runtime",
     "submit",
 ]  # fmt: skip

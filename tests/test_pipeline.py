@@ -144,7 +144,7 @@ def test_shards_and_ivfpq_give_the_answers_of_one_flat_shard(built, world):
         expected = [(s.video, s.start_s, s.end_s) for s in flat.search(query.text, 3)]
         for engine in (sharded, quantised):
             assert [(s.video, s.start_s, s.end_s) for s in engine.search(query.text, 3)] == expected
-    build_index(built)
+    build_index(built, rows="moments")
 
 
 def test_limit_counts_segments(built):
@@ -171,7 +171,7 @@ def test_clip_space_finds_the_true_moments(built, world):
     engine = vsearch.open(built, build_index(built, space="clip").snapshot)
     queries = [q for q in read_queries(str(world / "truth.jsonl")) if q.group in ("seen", "unseen")]
     assert evaluate(engine.search, queries)["R1@0.5"] >= 0.8
-    build_index(built)
+    build_index(built, space="projected")
 
 
 def test_two_workers_train_one_projector(built):

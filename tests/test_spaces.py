@@ -172,6 +172,7 @@ def test_alpha_is_tuned_recorded_and_kept(
     assert tuple(curve) == ALPHAS and manifest["fusion"]["pairs"] > 100
     assert first.alpha == manifest["alpha"] == max(curve, key=lambda alpha: curve[alpha])
     assert not build_index(corpus.url, space="fused").new
+    assert build_index(corpus.url) == build_index(corpus.url, space="fused")  # as it is
     # Another α makes other rows, and stays until something else is asked for.
     chosen = build_index(corpus.url, space="fused", alpha=0.77)
     assert chosen.new and chosen.shards_new == 1

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vsearch.search import Engine
 
 __version__ = "0.1.0"
-__all__ = ["Filter", "Term", "open", "status"]
+__all__ = ["Filter", "Term", "demo_corpus", "open", "status"]
 
 
 def open(corpus: str, snapshot: str | None = None) -> "Engine":
@@ -37,3 +37,25 @@ def status(corpus: str) -> "list[VideoState]":
     from vsearch.corpus import Corpus
 
     return Corpus(corpus).states()
+
+
+def demo_corpus(folder: str = "demo-archive", seed: int = 7, videos: int = 20) -> str:
+    """The corpus of `vsearch demo` in a folder, which is given back; made there once, in some minutes. Its
+    sentences with their true moments are in `world-SEED-VIDEOS/truth.jsonl` of the folder. Raises
+    `UserError` where the folder holds another world.
+    """
+    from vsearch.config import PRESETS
+    from vsearch.corpus import Corpus
+    from vsearch.demo.world import world_beside
+    from vsearch.snapshots import Snapshots
+
+    world = world_beside(folder, seed, videos)
+    if Snapshots(Corpus(folder)).current is None:
+        from vsearch.build_index import build_index
+        from vsearch.ingest import ingest
+        from vsearch.train import train
+
+        ingest(folder, [str(world)], PRESETS["demo"])
+        train(folder)
+        build_index(folder)
+    return folder

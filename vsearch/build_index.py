@@ -77,8 +77,8 @@ Report = Callable[[str, int, int], None]
 def build_index(
     corpus_url: str,
     kind: str = "auto",
-    space: str = "projected",
-    rows: str = "moments",
+    space: str | None = None,
+    rows: str | None = None,
     queries: str | None = None,
     min_recall: float = MIN_RECALL,
     retrain: bool = False,
@@ -94,7 +94,8 @@ def build_index(
     `space` is 'projected' (DINO through the newest projector), 'clip' (CLIP's image vectors) or 'fused':
     `alpha` parts of the projected vector and 1 − `alpha` of CLIP's. Without it `alpha` is that of the
     snapshot in use, or tuned where that has none of the same projector. `rows` is 'moments' or
-    'frames'; `queries` a file with a sentence a line, on which recall is measured instead of general
+    'frames'. Both are by default those of the snapshot in use, 'projected' and 'moments' where there is
+    none. `queries` is a file with a sentence a line, on which recall is measured instead of general
     ones. Raises `recall.RecallError` when an index with codes cannot reach `min_recall`. `retrain` trains
     the quantizer and tunes `alpha` anew; `rebuild` makes everything anew, also what is finished, as is
     needed when a part is damaged. `gpus` are those that may be used (0: none), by default those of the
@@ -104,6 +105,12 @@ def build_index(
     sentences = parts.read_sentences(queries)
     corpus = Corpus(corpus_url)
     snapshots = Snapshots(corpus)
+    current, parent = snapshots.current, None
+    with suppress(UnreadableSnapshotError):  # then this build takes its place
+        parent = snapshots.current_manifest()
+    space = space or (parent["space"] if parent else "projected")
+    rows = rows or ("frames" if parent and parent["alike"] is None else "moments")
+    check_index_options(kind, space, rows, min_recall, alpha)
     projector = parts.projector_for(corpus, space)
     spans = spans_by_video(corpus)
     states = [state for state in corpus.states() if state.video_id in spans]
@@ -111,9 +118,6 @@ def build_index(
         raise UserError(f"The corpus at {corpus_url} holds no frames yet: ingest videos first.")
     contents = [content_of(state.video_id, spans) for state in states]
     gaps: dict[str, Gaps] = {state.video_id: gaps_of(state) for state in states}
-    current, parent = snapshots.current, None
-    with suppress(UnreadableSnapshotError):  # then this build takes its place
-        parent = snapshots.current_manifest()
     tasks = fusion = None
     if projector is not None and space == "fused":
         fusion = {"alpha": alpha} if alpha is not None else _known_alpha(parent, projector, retrain)

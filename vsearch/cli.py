@@ -102,9 +102,11 @@ KindOption = Annotated[
     str, typer.Option("--kind", help="auto (by the number of rows), flat (exact) or ivfpq.")
 ]
 RowsOption = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--rows", help="moments (neighbouring frames that are alike share one) or frames."
+        "--rows",
+        help="moments (neighbouring frames that are alike share one) or frames. By default those of the "
+        "index in use, else moments.",
     ),
 ]
 MinRecallOption = Annotated[
@@ -114,8 +116,12 @@ MinRecallOption = Annotated[
     ),
 ]
 SpaceOption = Annotated[
-    str,
-    typer.Option("--space", help="projected (DINO through the projector), clip, or fused of both."),
+    str | None,
+    typer.Option(
+        "--space",
+        help="projected (DINO through the projector), clip, or fused of both. By default that of the index "
+        "in use, else projected.",
+    ),
 ]
 AlphaOption = Annotated[
     float | None,
@@ -400,8 +406,8 @@ def train(
 def index(
     corpus: CorpusOption = DEFAULT_CORPUS,
     kind: KindOption = "auto",
-    space: SpaceOption = "projected",
-    rows: RowsOption = "moments",
+    space: SpaceOption = None,
+    rows: RowsOption = None,
     queries: Annotated[
         str | None,
         typer.Option("--queries", help="Sentences, one a line, to measure recall on."),
@@ -583,7 +589,7 @@ def build(
     sync: SyncOption = False,
     time_pattern: TimePatternOption = None,
     kind: KindOption = "auto",
-    space: SpaceOption = "projected",
+    space: SpaceOption = None,
     alpha: AlphaOption = None,
     workers: WorkersOption = None,
     gpus: GpusOption = None,
@@ -825,20 +831,17 @@ def _exported(results: "Results", form: str, engine: "Engine") -> str:
 
 def _cut_out(results: "Results", engine: "Engine", folder: Path) -> None:
     """Writes each segment to a file, and a line about it; exit code 1 if one could not be."""
-    from vsearch.clips import cut
     from vsearch.video import VideoError
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be a folder for clips: {error.strerror}.") from error
-    zeros = {video["video_id"]: video["zero_s"] for video in engine.videos}
     failed = 0
     for place, segment in enumerate(results, 1):
         target = folder / clip_name(place, segment.video, segment.start_s)
-        zero_s = zeros[segment.video_id]
         try:
-            done = cut(segment.video, segment.start_s + zero_s, segment.end_s + zero_s, target)
+            done = engine.cut(segment, target)
         except (VideoError, OSError) as error:
             failed += 1
             line = f"[red]not cut out[/] {escape(segment.video)}: {escape(str(error))}"
@@ -1122,31 +1125,21 @@ def demo(
     """
     import vsearch
     from vsearch.build_index import build_index
-    from vsearch.demo.world import DIFFICULTIES, make_world
+    from vsearch.demo.world import world_beside
     from vsearch.evaluate import read_queries
     from vsearch.spaces import SPACES
 
-    if difficulty not in DIFFICULTIES:
-        raise UserError(
-            f"There is no --difficulty {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}."
+    with progress_bar() as bar:
+        task = bar.add_task(
+            "drawing the videos of a tiny world", total=videos, visible=False, note=""
         )
-    world = Path(corpus) / f"world-{seed}-{videos}{'-hard' if difficulty == 'hard' else ''}"
-    others = [path for path in Path(corpus).glob("world-*") if path != world]
-    if others:
-        raise UserError(
-            f"{corpus} holds another world ({others[0].name}), whose sentences would have more answers "
-            f"with this one beside it: choose another --corpus."
+        world = world_beside(
+            corpus,
+            seed,
+            videos,
+            difficulty,
+            lambda n, _: bar.update(task, completed=n, visible=True),
         )
-    if not (world / "truth.jsonl").exists():
-        with progress_bar() as bar:
-            task = bar.add_task("drawing the videos of a tiny world", total=videos, note="")
-            make_world(
-                world,
-                seed,
-                videos,
-                report=lambda n, _: bar.update(task, completed=n),
-                difficulty=difficulty,
-            )
     ingest([str(world)], corpus, models="demo")
     train(corpus)
     with console.status("indexing"):

@@ -126,24 +126,24 @@ def check_pairs(pairs: float) -> None:
 
 def check_index_options(
     kind: str = "auto",
-    space: str = "projected",
-    rows: str = "moments",
+    space: str | None = None,
+    rows: str | None = None,
     min_recall: float = MIN_RECALL,
     alpha: float | None = None,
 ) -> None:
-    """Raises `UserError` for an index that cannot be made."""
+    """Raises `UserError` for an index that cannot be made. A space or rows of None are yet to be known."""
     for name, value, known in (
         ("kind", kind, ("auto", "flat", "ivfpq")),
         ("space", space, ("projected", "clip", "fused")),
         ("rows", rows, ("moments", "frames")),
     ):
-        if value not in known:
+        if value not in (None, *known):
             raise UserError(f"There is no --{name} {value!r}; choose one of {', '.join(known)}.")
     if not 0 < min_recall <= 1:
         raise UserError(f"--min-recall must lie above 0 and not above 1, not {min_recall:g}.")
     if alpha is not None:
         check_alpha(alpha)
-        if space != "fused":
+        if space not in (None, "fused"):
             raise UserError(f"--alpha is for --space fused, not for {space}.")
 
 

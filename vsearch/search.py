@@ -4,14 +4,14 @@
 >>> print(vsearch.open("./corpus").search("a red car on the beach"))
 """
 
-import html
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
@@ -23,8 +23,9 @@ from vsearch.confidence import Calibration, Scale
 from vsearch.config import DamagedIndexError, UserError
 from vsearch.corpus import Corpus
 from vsearch.filters import Filter, Seconds
+from vsearch.gallery import gallery
 from vsearch.index import Index, Shard, one_thread
-from vsearch.moments import Stretch, clock, grow
+from vsearch.moments import Moments, Stretch, clock, grow
 from vsearch.query import Term, compose, described, terms_of
 from vsearch.sizing import Setting
 from vsearch.snapshots import Snapshots
@@ -32,6 +33,7 @@ from vsearch.snapshots import Snapshots
 if TYPE_CHECKING:
     import pandas as pd
 
+    from vsearch.clips import Cut
     from vsearch.encoders import ClipEncoder
     from vsearch.pictures import PictureEncoder
 
@@ -88,7 +90,8 @@ class Results(Sequence[Segment]):
     """The answer to one query: a sequence of segments, strongest first. `background` is the query's
     mean score over the index, what anything at all scores; `more` tells that there are others.
     `hidden` counts the segments that the limit has room for but that are not sure enough;
-    `hidden_more` tells that there are others as weak.
+    `hidden_more` tells that there are others as weak. `picture` gives a JPEG of a segment's best frame,
+    for a notebook to show.
     """
 
     query: str
@@ -100,6 +103,7 @@ class Results(Sequence[Segment]):
     took_s: dict[str, float] = field(default_factory=dict)
     hidden: int = 0
     hidden_more: bool = False
+    picture: Callable[[Segment], bytes] | None = field(default=None, repr=False, compare=False)
 
     @property
     def hidden_note(self) -> str:
@@ -150,13 +154,7 @@ class Results(Sequence[Segment]):
         return "\n".join([*lines, *filter(None, [self.hidden_note])])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(s.video)}<td>{clock(s.start_s)}<td>{clock(s.end_s)}<td>{s.score:.3f}</tr>"
-            for s in self.segments
-        )
-        head = "<tr><th>video<th>from<th>to<th>score</tr>"
-        table = f"<table>{head}{rows}</table>"
-        return f"<b>{html.escape(self.query)}</b>{table}{self.hidden_note}"
+        return gallery(self.query, self.segments, self.picture, self.hidden_note)
 
 
 def sure(
@@ -194,7 +192,7 @@ class _Timeline:
     """The rows of a shard. `video` (n,) int32, ascending, is the place of a row's video in the shard,
     `shot` (n,) int64, ascending, another for each shot of each video; `numbers` (videos,) that video's in
     the snapshot, −1 if its rows count no longer; `start_s`, `end_s`, `best_s` (n,) are as a player shows
-    them.
+    them; `frames` (n,) int32 how many a row stands for.
     """
 
     video: NDArray[np.int32]
@@ -203,6 +201,7 @@ class _Timeline:
     start_s: NDArray[np.float64]
     end_s: NDArray[np.float64]
     best_s: NDArray[np.float64]
+    frames: NDArray[np.int32]
 
 
 class Engine:
@@ -265,15 +264,11 @@ class Engine:
         if not 0 <= min_confidence <= 1:
             raise UserError(f"The least confidence lies between 0 and 1, not at {min_confidence}.")
         terms = terms_of(query, without)
-        encoder = self.encoder  # the first query loads it, which is no part of an answer's time
+        _ = self.encoder  # the first query loads it, which is no part of an answer's time
         began = time.perf_counter()
-        vectors = [self._vector(term, encoder) for term in terms]
-        weights = [term.weight for term in terms]
-        spreads = self.spreads(vectors) if len(vectors) > 1 else [1.0]
-        vector = compose(vectors, weights, spreads)
+        vector, scale = self._composed(terms)
         encoded_s = time.perf_counter() - began
         found = self.find(vector, limit, max_gap_s, where, min_score)
-        scale = self.scale(terms, vectors, spreads)
         told = shown(found.segments, found.more, scale, min_confidence)
         return Results(
             query=query if isinstance(query, str) and len(terms) == 1 else described(terms),
@@ -281,8 +276,22 @@ class Engine:
             took_ms=(time.perf_counter() - began) * 1000,
             background=self.background(vector),
             took_s={"encode": encoded_s, **found.took_s},
+            picture=lambda segment: self.picture(segment.video_id, segment.best_s),
             **told._asdict(),
         )
+
+    def vector(
+        self, query: str | Sequence[Term], without: Sequence[str] = ()
+    ) -> NDArray[np.float32]:
+        """The unit vector (dim,) that a query is searched with, as `search` takes it."""
+        return self._composed(terms_of(query, without))[0]
+
+    def _composed(self, terms: Sequence[Term]) -> tuple[NDArray[np.float32], Scale | None]:
+        """The one vector of all terms, and the scale of its scores."""
+        vectors = [self._vector(term, self.encoder) for term in terms]
+        spreads = self.spreads(vectors) if len(vectors) > 1 else [1.0]
+        vector = compose(vectors, [term.weight for term in terms], spreads)
+        return vector, self.scale(terms, vectors, spreads)
 
     def scale(
         self,
@@ -337,6 +346,46 @@ class Engine:
         row = rows.start + int(np.argmin(away_s))
         vector = np.asarray(self.index.shards[part].vectors[row], np.float32)
         return vector / np.linalg.norm(vector)
+
+    def moments(self, video_id: str) -> Moments | None:
+        """The rows of a video, times as a player shows them; None where it is not in the engine. A video
+        of a snapshot from before there were shots is one shot.
+        """
+        found = self._rows_of(video_id)
+        if found is None:
+            return None
+        part, rows, starts, ends = found
+        timeline = self._timelines[part]
+        shots = timeline.shot[rows] - timeline.shot[rows.start]
+        return Moments(
+            self.index.shards[part].vectors[rows],
+            starts,
+            ends,
+            timeline.best_s[rows],
+            timeline.frames[rows],
+            shots.astype(np.int32),
+        )
+
+    def picture(self, video_id: str, at_s: float, width_px: int = 320) -> bytes:
+        """A JPEG of what a player shows at a second of a video of the index, at most so wide; decoded in
+        a process of its own. Raises `UserError` for a video that is not there, and as `Decoder.picture`.
+        """
+        from vsearch.decoder import own_decoder
+
+        video = self._video(video_id)
+        return own_decoder().picture(video["uri"], at_s + video["zero_s"], width_px)
+
+    def cut(self, segment: Segment, target: Path) -> "Cut":
+        """Writes a segment to a file, as `clips.cut` does."""
+        from vsearch.clips import cut
+
+        zero_s = self._video(segment.video_id)["zero_s"]
+        return cut(segment.video, segment.start_s + zero_s, segment.end_s + zero_s, target)
+
+    def _video(self, video_id: str) -> dict[str, Any]:
+        if video_id not in self.numbers:
+            raise UserError(f"There is no video {video_id} in the index.")
+        return self.videos[self.numbers[video_id]]
 
     def timeline(self, video_id: str, vector: NDArray[np.float32], steps: int) -> Timeline | None:
         """How a video answers a query (dim,), in at most `steps` steps; None where it is not in the
@@ -536,8 +585,12 @@ class Engine:
         video = ids.indices.to_numpy()
         numbers = np.array([counted.get(v, -1) for v in ids.dictionary.to_pylist()], np.int64)
         zeros = np.array([self.videos[n]["zero_s"] if n >= 0 else 0.0 for n in numbers])[video]
-        times = (rows[name].to_numpy() - zeros for name in ("start_s", "end_s", "best_s"))
-        return shard, _Timeline(video, _shots(video, rows), numbers, *times)
+        start_s, end_s, best_s = (
+            rows[name].to_numpy() - zeros for name in ("start_s", "end_s", "best_s")
+        )
+        frames = rows["frames"].to_numpy()
+        shots = _shots(video, rows)
+        return shard, _Timeline(video, shots, numbers, start_s, end_s, best_s, frames)
 
 
 def _shots(video: NDArray[np.int32], rows: pa.Table) -> NDArray[np.int64]:

@@ -87,8 +87,7 @@ def make_world(
     shot) into `folder`. The same seed and difficulty ("easy" or "hard") give the same scenes and
     sentences. Raises `UserError` for another difficulty.
     """
-    if difficulty not in DIFFICULTIES:
-        raise UserError(f"A world is {' or '.join(DIFFICULTIES)}, not {difficulty!r}.")
+    _check(difficulty)
     hard = difficulty == "hard"
     folder.mkdir(parents=True, exist_ok=True)
     rng = world_rng(seed) if hard else np.random.default_rng(seed)
@@ -110,6 +109,35 @@ def make_world(
     _write_lines(folder / "shots.jsonl", [{**asdict(shot)} for shot in shots])
     _write_lines(folder / "truth.jsonl", (hard_queries if hard else queries)(shots, rng))
     return shots
+
+
+def world_beside(
+    corpus: str,
+    seed: int = 7,
+    videos: int = 20,
+    difficulty: str = "easy",
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """The folder of a world in that of its corpus, where `vsearch demo` has it; made if it is not there.
+    Raises `UserError` where another world is, and as `make_world`.
+    """
+    _check(difficulty)
+    folder = Path(corpus) / f"world-{seed}-{videos}{'-hard' if difficulty == 'hard' else ''}"
+    others = [path for path in Path(corpus).glob("world-*") if path != folder]
+    if others:
+        raise UserError(
+            f"{corpus} holds another world ({others[0].name}), whose sentences would have more answers "
+            f"with this one beside it: choose another --corpus."
+        )
+    if not (folder / "truth.jsonl").exists():
+        make_world(folder, seed, videos, report=report, difficulty=difficulty)
+    return folder
+
+
+def _check(difficulty: str) -> None:
+    if difficulty not in DIFFICULTIES:
+        known = ", ".join(DIFFICULTIES)
+        raise UserError(f"There is no --difficulty {difficulty!r}; choose one of {known}.")
 
 
 def write_video(path: Path, scenes: Sequence[Scene], fps: int) -> list[Shot]:
@@ -305,21 +333,9 @@ def _negations(stretches: Sequence[Stretch], rng: np.random.Generator) -> list[d
         templates = HELD_OUT_TEMPLATES if rng.random() < 0.5 else TRAINING_TEMPLATES
         suited = [template for template in templates if "{other}" in template]
         template = suited[int(rng.integers(len(suited)))]
-        for mention, found, weight in zip(both, true, (1, -1), strict=True):
-            terms = [
-                {"text": sentence(m, rng, ("{thing}",), paraphrase=False), "weight": w}
-                for m, w in ((thing, 1), (company, weight))
-            ]
+        for mention, found in zip(both, true, strict=True):
             text = sentence(mention, rng, (template,), paraphrase=False)
-            lines.append(
-                {
-                    "query": text,
-                    "moments": found,
-                    "group": "negation",
-                    "pair": len(told),
-                    "terms": terms,
-                }
-            )
+            lines.append({"query": text, "moments": found, "group": "negation", "pair": len(told)})
     return lines
 
 
