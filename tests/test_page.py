@@ -20,6 +20,7 @@ from clips import straight_frames, write
 from numpy.typing import NDArray
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys as Key
@@ -137,7 +138,11 @@ class Page:
         return self.driver.execute_script(script, *arguments)
 
     def all(self, selector: str) -> list[WebElement]:
-        return [e for e in self.driver.find_elements(By.CSS_SELECTOR, selector) if e.is_displayed()]
+        found = self.driver.find_elements(By.CSS_SELECTOR, selector)
+        try:
+            return [element for element in found if element.is_displayed()]
+        except StaleElementReferenceException:  # the page was drawn anew meanwhile
+            return self.all(selector)
 
     def the(self, selector: str) -> WebElement:
         """The first such element, as soon as it is shown."""
