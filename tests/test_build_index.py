@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,18 @@ def test_a_shard_with_many_dead_rows_is_made_anew(corpus: Corpus) -> None:
     summary = build(corpus)
     (shard,) = shards_of(corpus)
     assert summary.shards_new == 1 and shard["frames"] == shard["rows"] == 2800
+
+
+def test_rows_made_in_another_way_are_made_anew(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(corpus)
+    old = shards_of(corpus)
+    monkeypatch.setattr(stage.parts, "Recipe", partial(parts.Recipe, method=0))
+    summary = build(corpus)
+    assert summary.new and summary.shards_new == 1
+    assert shards_of(corpus)[0]["key"] != old[0]["key"]
+    assert not build(corpus).new
 
 
 def test_replaced_content_answers_in_place_of_the_old(corpus: Corpus) -> None:

@@ -367,3 +367,15 @@ def test_a_video_that_is_gone_leaves_a_page_that_says_so(
         "--html", str(path))  # fmt: skip
     page = Page(path.read_text(encoding="utf-8"))
     assert "no picture: No such file: <here>" in page.texts and not page.links
+
+
+def test_a_page_that_has_no_place_is_refused_before_anything_is_asked(
+    corpus: Corpus, truth: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = str(truth.parent / "nowhere" / "report.html")
+    words = ["evaluate", "--queries", str(truth), "--corpus", corpus.url, "--html", page]
+    monkeypatch.setattr("sys.argv", ["vsearch", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "cannot be written: there is no folder" in " ".join(capsys.readouterr().err.split())

@@ -927,6 +927,8 @@ def evaluate(
         raise UserError("--spaces looks at all frames, --snapshot at an index: give one of them.")
     if alpha is not None and spaces is None:
         raise UserError("--alpha is for --spaces with fused.")
+    if page is not None and not page.parent.is_dir():  # said before the work, not after it
+        raise UserError(f"{page} cannot be written: there is no folder {page.parent}.")
 
     import vsearch
     from vsearch import evaluate as judging

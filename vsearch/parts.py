@@ -53,13 +53,15 @@ FLAT: Entry = dict.fromkeys(("codes_file", "cells_file", "probe_file", "mean_cos
 class Recipe:
     """What rows are made of: `projector` is the version of the one in use, None for CLIP's own
     vectors; `alike` the bound of a moment, None for a row a frame; `cut` that between shots; `alpha` the
-    projected share of a fused vector, None where nothing is fused.
+    projected share of a fused vector, None where nothing is fused. `method` numbers what `shard_rows`
+    does with all that: rows of another one do not go on in a new snapshot.
     """
 
     projector: str | None
     alike: float | None
     cut: float
     alpha: float | None = None
+    method: int = 1
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def shown(
 
 
 @dataclass(frozen=True)
-class _Timeline:
+class _Rows:
     """The rows of a shard. `video` (n,) int32, ascending, is the place of a row's video in the shard,
     `shot` (n,) int64, ascending, another for each shot of each video; `numbers` (videos,) that video's in
     the snapshot, −1 if its rows count no longer; `start_s`, `end_s`, `best_s` (n,) are as a player shows
@@ -528,7 +528,7 @@ class Engine:
         return stretch
 
     def _segment(
-        self, timeline: _Timeline, stretch: Stretch, windows: tuple[Seconds, Seconds]
+        self, timeline: _Rows, stretch: Stretch, windows: tuple[Seconds, Seconds]
     ) -> Segment:
         """A segment, as far as it lies in the window of its video."""
         number = int(timeline.numbers[timeline.video[stretch.best]])
@@ -563,7 +563,7 @@ class Engine:
         clip = self.encoder if projector is None or alpha is not None else None
         return PictureEncoder(self.corpus, projector, clip, alpha)
 
-    def _load(self, number: int, known: dict[str, Shard]) -> tuple[Shard, _Timeline]:
+    def _load(self, number: int, known: dict[str, Shard]) -> tuple[Shard, _Rows]:
         entry = self.manifest["shards"][number]
         path = self._snapshots.path
         codes = entry["codes_file"]
@@ -590,7 +590,7 @@ class Engine:
         )
         frames = rows["frames"].to_numpy()
         shots = _shots(video, rows)
-        return shard, _Timeline(video, shots, numbers, start_s, end_s, best_s, frames)
+        return shard, _Rows(video, shots, numbers, start_s, end_s, best_s, frames)
 
 
 def _shots(video: NDArray[np.int32], rows: pa.Table) -> NDArray[np.int64]:
