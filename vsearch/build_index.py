@@ -94,8 +94,8 @@ def build_index(
     `space` is 'projected' (DINO through the newest projector), 'clip' (CLIP's image vectors) or 'fused':
     `alpha` parts of the projected vector and 1 − `alpha` of CLIP's. Without it `alpha` is that of the
     snapshot in use, or tuned where that has none of the same projector. `rows` is 'moments' or
-    'frames'. Both are by default those of the snapshot in use, 'projected' and 'moments' where there is
-    none. `queries` is a file with a sentence a line, on which recall is measured instead of general
+    'frames'. Both are by default those of the snapshot in use; where there is none, 'moments', and 'fused'
+    if CLIP saw every frame, else 'projected'. `queries` is a file with a sentence a line, on which recall is measured instead of general
     ones. Raises `recall.RecallError` when an index with codes cannot reach `min_recall`. `retrain` trains
     the quantizer and tunes `alpha` anew; `rebuild` makes everything anew, also what is finished, as is
     needed when a part is damaged. `gpus` are those that may be used (0: none), by default those of the
@@ -108,7 +108,7 @@ def build_index(
     current, parent = snapshots.current, None
     with suppress(UnreadableSnapshotError):  # then this build takes its place
         parent = snapshots.current_manifest()
-    space = space or (parent["space"] if parent else "projected")
+    space = space or (parent["space"] if parent else _best_space(corpus))
     rows = rows or ("frames" if parent and parent["alike"] is None else "moments")
     check_index_options(kind, space, rows, min_recall, alpha)
     projector = parts.projector_for(corpus, space)
@@ -193,6 +193,11 @@ def build_index(
 
 
 # ── what to build ────────────────────────────────────────────────────────────────────────────────
+
+
+def _best_space(corpus: Corpus) -> str:
+    """The best of those that a corpus can have, by `benchmarks/quality.py`."""
+    return "fused" if corpus.config.pairs == 1 else "projected"
 
 
 def _known_alpha(

@@ -120,7 +120,7 @@ SpaceOption = Annotated[
     typer.Option(
         "--space",
         help="projected (DINO through the projector), clip, or fused of both. By default that of the index "
-        "in use, else projected.",
+        "in use, else fused, or projected where CLIP did not see all frames.",
     ),
 ]
 AlphaOption = Annotated[
