@@ -16,6 +16,7 @@ frames in the order of their similarity to it. Means and standard deviations are
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -364,7 +365,7 @@ def ablation(worlds: list[World], banks: dict[str, Tensor], seeds: int, out: Con
         ]
         for name, by in found.items()
     ]
-    Console().print(table_of("Held out: a whole corpus", heads, lines))
+    _wide().print(table_of("Held out: a whole corpus", heads, lines))
     return found
 
 
@@ -422,7 +423,7 @@ def content(worlds: list[World], banks: dict[str, Tensor], seeds: int, out: Cons
         "tuning_s",
     )  # fmt: skip
     lines = [[n, *(shown(by[c]) if c in by else "" for c in columns)] for n, by in result.items()]
-    Console().print(table_of("Held out: a kind of content", ["content", *columns], lines))
+    _wide().print(table_of("Held out: a kind of content", ["content", *columns], lines))
     return result
 
 
@@ -504,8 +505,13 @@ def prompts(worlds: list[World], encoder: ClipEncoder, banks: dict[str, Tensor],
         ]
         for name, by in found.items()
     ]
-    Console().print(table_of("Sentences within templates", heads, lines))
+    _wide().print(table_of("Sentences within templates", heads, lines))
     return found
+
+
+def _wide() -> Console:
+    """A file has room for all columns, whatever the terminal's width."""
+    return Console(width=None if sys.stdout.isatty() else 240)
 
 
 def main() -> None:

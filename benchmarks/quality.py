@@ -140,9 +140,7 @@ def rows_of(difficulty: str, systems: dict[str, Any]) -> list[str]:
             of_group = figures if group is None else figures["groups"][group]
             world = f"{difficulty}{', unseen pairs' if group else ''} ({of_group['queries']})"
             cells = [cell(of_group, name) for name in COLUMNS]
-            lines.append(
-                f"| {world if place == 0 else ''} | {system} | {' | '.join(cells)} |"
-            )
+            lines.append(f"| {world if place == 0 else ''} | {system} | {' | '.join(cells)} |")
     return lines
 
 
