@@ -1,6 +1,6 @@
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,9 +20,16 @@ from transformers import (
     DINOv3ViTModel,
 )
 
-from vsearch.config import EncoderNames, UserError
+from vsearch.config import PRESETS, Encoder, EncoderNames, UserError
 from vsearch.demo.scenes import FRAME_PX, SceneRenderer, sample_scene
-from vsearch.encoders import ClipEncoder, DinoEncoder, Encoders, weights_digest
+from vsearch.encoders import (
+    COMPILE_AFTER,
+    ClipEncoder,
+    DinoEncoder,
+    Encoders,
+    image_dtype,
+    weights_digest,
+)
 
 ARCHITECTURE = "ViT-B-16"
 SENTENCES = ["a red car on the beach", "Zwei Hände, 20 °C!", ""]
@@ -70,7 +77,7 @@ def official_dino(dino_folder: Path) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def dino(dino_folder: Path) -> DinoEncoder:
-    return DinoEncoder(str(dino_folder), "cpu")
+    return DinoEncoder(str(dino_folder), "cpu", torch.float32)
 
 
 def test_dino_is_recorded_with_its_width_and_weights(
@@ -92,6 +99,16 @@ def test_dino_vectors_are_those_of_the_official_pipeline(
     with torch.no_grad():
         official = official_dino(**inputs).last_hidden_state[:, 0]
     assert_same_embedding(dino.encode_images(pixels), official)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_dino_vectors_in_bfloat16_are_nearly_those(
+    dino: DinoEncoder, dino_folder: Path, size: tuple[int, int]
+) -> None:
+    fast = DinoEncoder(str(dino_folder), "cpu", torch.bfloat16)
+    assert fast.record == dino.record
+    pixels = frames(*size)
+    assert_same_embedding(fast.encode_images(pixels), dino.encode_images(pixels))
 
 
 # ── CLIP ─────────────────────────────────────────────────────────────────────────────────────────
@@ -133,7 +150,7 @@ def clip_name(request: pytest.FixtureRequest, saved_clip: SavedClip) -> str:
 
 @pytest.fixture(scope="module")
 def clip(clip_name: str) -> ClipEncoder:
-    return ClipEncoder(clip_name, "cpu")
+    return ClipEncoder(clip_name, "cpu", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +196,15 @@ def test_clip_text_vectors_are_those_of_open_clip(
     assert not np.allclose(ours[0], ours[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("clip_name", ["folder"], indirect=True)
+def test_clip_image_vectors_in_bfloat16_are_nearly_those(clip: ClipEncoder, clip_name: str) -> None:
+    fast = ClipEncoder(clip_name, "cpu", torch.bfloat16)
+    assert fast.record == clip.record
+    pixels = frames(*SIZES[0])
+    assert_same_embedding(fast.encode_images(pixels), clip.encode_images(pixels))
+    assert np.array_equal(fast.encode_text(SENTENCES), clip.encode_text(SENTENCES))
+
+
 # ── both ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -199,8 +225,8 @@ def test_the_digest_changes_with_any_weight_or_name() -> None:
 def test_embed_gives_both_in_half_precision_for_any_number(
     dino: DinoEncoder, clip: ClipEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vsearch.encoders.DinoEncoder", lambda name, device: dino)
-    monkeypatch.setattr("vsearch.encoders.ClipEncoder", lambda name, device: clip)
+    monkeypatch.setattr("vsearch.encoders.DinoEncoder", lambda *_: dino)
+    monkeypatch.setattr("vsearch.encoders.ClipEncoder", lambda *_: clip)
     encoders = Encoders(EncoderNames("dino", "clip"), "cpu", batch=1)
     assert encoders.input_px == 224
     pixels = frames(224, 224)
@@ -217,14 +243,14 @@ def test_embed_gives_both_in_half_precision_for_any_number(
 def test_a_batch_that_is_too_large_for_the_memory_is_halved(
     dino: DinoEncoder, clip: ClipEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vsearch.encoders.DinoEncoder", lambda name, device: dino)
-    monkeypatch.setattr("vsearch.encoders.ClipEncoder", lambda name, device: clip)
+    monkeypatch.setattr("vsearch.encoders.DinoEncoder", lambda *_: dino)
+    monkeypatch.setattr("vsearch.encoders.ClipEncoder", lambda *_: clip)
     encoders = Encoders(EncoderNames("dino", "clip"), "cpu", batch=8)
     pixels = np.concatenate([frames(224, 224)] * 4)[:7]
     expected = encoders.embed(pixels)
     encode, fit = clip.encode_images, 2
 
-    def with_little_memory(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    def with_little_memory(pixels: Tensor) -> Tensor:
         if len(pixels) > fit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return encode(pixels)
@@ -236,6 +262,118 @@ def test_a_batch_that_is_too_large_for_the_memory_is_halved(
     fit = 0
     with pytest.raises(torch.OutOfMemoryError):
         encoders.embed(pixels)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_images_are_encoded_in_bfloat16_where_the_processor_has_it(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
+    assert image_dtype("cpu") == (torch.bfloat16 if has_bf16 else torch.float32)
+
+
+@dataclass
+class Device:
+    """Encodes a frame as twice its first value, three of them; notes what begins and what is waited for.
+    In the batch that begins with frame `narrow_from`, and later, no more than `fit` frames fit.
+    """
+
+    fit: int = 99
+    narrow_from: int = 99
+    log: list[str] = field(default_factory=list)
+    record: Encoder = field(default_factory=lambda: Encoder("none", "0", 3))
+    input_px: int = 1
+
+    def encode_images(self, frames: Tensor) -> "Device.Vectors":
+        first = int(frames[0, 0, 0, 0])
+        if first >= self.narrow_from and len(frames) > self.fit:
+            self.log.append(f"no memory {first}")
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.log.append(f"begin {first}")
+        return self.Vectors(self, first, 2.0 * frames[:, 0, 0])
+
+    def compile(self, mode: str) -> None:
+        self.log.append("compile")
+
+    @dataclass
+    class Vectors:
+        device: "Device"
+        first: int
+        values: Tensor
+
+        def half(self) -> "Device.Vectors":
+            return self
+
+        def to(self, where: str, non_blocking: bool) -> "Device.Vectors":
+            assert where == "cpu" and non_blocking
+            return self
+
+        def numpy(self) -> NDArray[np.float32]:
+            self.device.log.append(f"wait {self.first}")
+            return self.values.numpy()
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device()
+    monkeypatch.setattr("vsearch.encoders.DinoEncoder", lambda *_: device)
+    monkeypatch.setattr("vsearch.encoders.ClipEncoder", lambda *_: device)
+    return device
+
+
+def numbered(count: int) -> NDArray[np.uint8]:
+    return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 1, 1, 3))
+
+
+def test_a_batch_is_waited_for_when_the_next_is_under_way(device: Device) -> None:
+    encoders = Encoders(EncoderNames("dino", "clip"), "cpu", batch=2)
+    encoders.embed(numbered(5), with_clip=False)
+    assert device.log == ["begin 0", "begin 2", "wait 0", "begin 4", "wait 2", "wait 4"]
+
+
+def test_what_is_under_way_stays_when_the_next_batch_has_no_memory(device: Device) -> None:
+    device.narrow_from, device.fit = 4, 1
+    encoders = Encoders(EncoderNames("dino", "clip"), "cpu", batch=4)
+    dino, _ = encoders.embed(numbered(7), with_clip=False)
+    tries = ["begin 0", "no memory 4", "no memory 4", "begin 4", "wait 0"]
+    assert device.log == [*tries, "begin 5", "wait 4", "begin 6", "wait 5", "wait 6"]
+    assert encoders.batch == 1
+    assert dino[:, 0].tolist() == [0, 2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("narrow_from", range(8))
+@pytest.mark.parametrize("fit", [1, 2, 3])
+def test_each_frame_gets_its_vectors_wherever_memory_ends(
+    device: Device, narrow_from: int, fit: int
+) -> None:
+    device.narrow_from, device.fit = narrow_from, fit
+    encoders = Encoders(EncoderNames("dino", "clip"), "cpu", batch=5)
+    for vectors in encoders.embed(numbered(8)):
+        assert vectors.tolist() == [[2 * i] * 3 for i in range(8)]
+
+
+def test_models_are_compiled_once_when_that_pays(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(COMPILE_AFTER, "cpu", 5)
+    encoders = Encoders(EncoderNames("dino", "clip"), "cpu", batch=4)
+    compiled = []
+    for _ in range(5):
+        encoders.embed(numbered(2), with_clip=False)
+        compiled.append(device.log.count("compile"))
+    assert compiled == [0, 0, 2, 2, 2]
+
+
+@pytest.mark.long
+def test_compiled_models_take_any_number_of_frames() -> None:
+    encoders = Encoders(PRESETS["demo"], "cpu")
+    pixels = np.concatenate([frames(64, 80)] * 3)
+    expected = encoders.embed(pixels)
+    encoders.compile()
+    for count in (6, 5, 2, 1):
+        for found, vectors in zip(encoders.embed(pixels[:count]), expected, strict=True):
+            a, b = (torch.from_numpy(v[:count]).float() for v in (found, vectors))
+            assert torch.nn.functional.cosine_similarity(a, b).min() >= 0.999
 
 
 # ── what cannot be loaded ────────────────────────────────────────────────────────────────────────

@@ -2,11 +2,13 @@
 
 Frames come in as uint8 (n, height, width, 3) RGB; each model's official preprocessing runs on the
 model's device: the processor that transformers loads for DINO, the transforms that open_clip builds
-for CLIP.
+for CLIP. Images are encoded in bfloat16 where the device computes in it, sentences on a CPU in float32.
 """
 
 import hashlib
 import logging
+import math
+from collections import deque
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
@@ -28,9 +30,24 @@ from vsearch.placement import CPU_BATCH, gpu_batch
 
 Pixels = NDArray[np.uint8]
 
+COMPILE_AFTER = {"cuda": 200_000}
+"""So many frames a GPU embeds before its models are compiled: about as long as compiling takes, so that a
+small archive does not wait for it, and none takes twice as long as with the better choice."""
+
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def image_dtype(device: str) -> torch.dtype:
+    """In which images are encoded: bfloat16 where the device itself computes in it, else float32."""
+    kind = device.partition(":")[0]
+    has_bf16 = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if kind == "cuda"
+        else kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    )
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def _default_batch(device: str) -> int:
@@ -42,8 +59,11 @@ def _default_batch(device: str) -> int:
 class DinoEncoder:
     """The CLS token of the last layer, float (n, dim), not normalised."""
 
-    def __init__(self, name: str, device: str | None = None) -> None:
+    def __init__(
+        self, name: str, device: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         self._device = device or default_device()
+        self._dtype = dtype or image_dtype(self._device)
         source = str(local_folder(name) or name)
         try:
             self._processor = AutoImageProcessor.from_pretrained(source)
@@ -52,7 +72,7 @@ class DinoEncoder:
             raise UserError(_why_not_loaded("dino", name, error)) from error
         self.record = Encoder(name, weights_digest(model), _dino_dim(model))
         self.input_px = _short_side(self._processor)
-        self._model = model.to(self._device).eval()
+        self._model = _cast(model, self._dtype).to(self._device).eval()
 
     @classmethod
     def recorded(cls, record: Encoder) -> "DinoEncoder":
@@ -60,19 +80,33 @@ class DinoEncoder:
         return _as_recorded(cls(record.model), record)
 
     @torch.inference_mode()
-    def encode_images(self, pixels: Pixels) -> Tensor:
-        frames = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2)
+    def encode_images(self, pixels: Pixels | Tensor) -> Tensor:
+        return self.encode_prepared(self.prepare(pixels))
+
+    @torch.inference_mode()
+    def prepare(self, pixels: Pixels | Tensor) -> Tensor:
+        """What the model takes, (n, 3, height, width) on its device."""
+        frames = torch.as_tensor(pixels, device=self._device).permute(0, 3, 1, 2)
         inputs = self._processor(images=frames, return_tensors="pt", device=self._device)
-        with _mixed_precision(self._device):
-            hidden = self._model(pixel_values=inputs["pixel_values"]).last_hidden_state
+        return inputs["pixel_values"].to(self._dtype)
+
+    @torch.inference_mode()
+    def encode_prepared(self, images: Tensor) -> Tensor:
+        hidden = self._model(pixel_values=_of_any_number(images)).last_hidden_state
         return hidden[:, 0].float()
+
+    def compile(self, mode: str = "default") -> None:
+        self._model.compile(mode=mode)
 
 
 class ClipEncoder:
     """CLIP's image and text towers; unit vectors, float (n, dim), in one space."""
 
-    def __init__(self, name: str, device: str | None = None) -> None:
+    def __init__(
+        self, name: str, device: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         self._device = device or default_device()
+        self._dtype = dtype or image_dtype(self._device)
         self._model, preprocess, self._tokenizer = _load_clip(name)
         # The same geometry and normalisation as open_clip's transform, without its detour by PIL.
         steps = [t for t in preprocess.transforms if type(t).__name__ not in _PIL_STEPS]
@@ -80,6 +114,7 @@ class ClipEncoder:
         size = open_clip.get_model_preprocess_cfg(self._model)["size"]
         self.input_px = min(size) if isinstance(size, (tuple, list)) else int(size)
         self.record = Encoder(name, weights_digest(self._model), _clip_dim(self._model))
+        _cast(self._model.visual, self._dtype)
         self._model = self._model.to(self._device).eval()
         self._text_features = _text_features(self._model)
 
@@ -89,13 +124,24 @@ class ClipEncoder:
         return _as_recorded(cls(record.model), record)
 
     @torch.inference_mode()
-    def encode_images(self, pixels: Pixels) -> Tensor:
-        frames = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2)
+    def encode_images(self, pixels: Pixels | Tensor) -> Tensor:
+        return self.encode_prepared(self.prepare(pixels))
+
+    @torch.inference_mode()
+    def prepare(self, pixels: Pixels | Tensor) -> Tensor:
+        """What the model takes, (n, 3, height, width) on its device."""
+        frames = torch.as_tensor(pixels, device=self._device).permute(0, 3, 1, 2)
         for step in self._geometry:
             frames = step(frames)
-        with _mixed_precision(self._device):
-            features = self._model.encode_image(self._normalise(frames.float() / 255))
+        return self._normalise(frames.float() / 255).to(self._dtype)
+
+    @torch.inference_mode()
+    def encode_prepared(self, images: Tensor) -> Tensor:
+        features = self._model.encode_image(_of_any_number(images))
         return nn.functional.normalize(features.float(), dim=-1)
+
+    def compile(self, mode: str = "default") -> None:
+        self._model.visual.compile(mode=mode)
 
     @torch.inference_mode()
     def encode_text(self, sentences: list[str]) -> NDArray[np.float32]:
@@ -115,28 +161,34 @@ class Encoders:
     """
 
     def __init__(
-        self, names: EncoderNames, device: str | None = None, batch: int | None = None
+        self,
+        names: EncoderNames,
+        device: str | None = None,
+        batch: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.dino, self.clip = DinoEncoder(names.dino, device), ClipEncoder(names.clip, device)
-        self.batch = batch or _default_batch(device or default_device())
+        device = device or default_device()
+        self.dino = DinoEncoder(names.dino, device, dtype)
+        self.clip = ClipEncoder(names.clip, device, dtype)
+        self.batch = batch or _default_batch(device)
         self.input_px = max(self.dino.input_px, self.clip.input_px)
+        self.link = Link(device)
+        self._before_compiling = COMPILE_AFTER.get(device.partition(":")[0], math.inf)
 
     def embed(
         self, pixels: Pixels, with_clip: bool = True
     ) -> tuple[NDArray[np.float16], NDArray[np.float16] | None]:
         """(dino, clip), each float16 (n, dim), of uint8 frames (n, height, width, 3); clip is None
-        when it is not wanted.
+        when it is not wanted. While the device is at work on a batch, the next is brought to it.
         """
-        dino = np.empty((len(pixels), self.dino.record.dim), np.float16)
-        clip = np.empty((len(pixels), self.clip.record.dim), np.float16) if with_clip else None
-        start = 0
+        encoders = (self.dino, self.clip) if with_clip else (self.dino,)
+        found = [np.empty((len(pixels), e.record.dim), np.float16) for e in encoders]
+        start, under_way = 0, deque[tuple[slice, Vectors]]()
         while start < len(pixels):
             batch = slice(start, start + self.batch)
-            chunk = np.require(pixels[batch], requirements=["C", "W"])
             try:
-                dino[batch] = self.dino.encode_images(chunk).half().cpu().numpy()
-                if clip is not None:
-                    clip[batch] = self.clip.encode_images(chunk).half().cpu().numpy()
+                frames = self.link.bring(pixels[batch])
+                vectors = self.link.fetch([e.encode_images(frames) for e in encoders])
             except torch.OutOfMemoryError:
                 if self.batch == 1:
                     raise
@@ -144,7 +196,82 @@ class Encoders:
                 torch.cuda.empty_cache()
                 continue
             start = batch.stop
-        return dino, clip
+            under_way.append((batch, vectors))
+            if len(under_way) > 1:
+                _take(*under_way.popleft(), found)
+        for batch, vectors in under_way:
+            _take(batch, vectors, found)
+        self._before_compiling -= len(pixels)
+        if self._before_compiling <= 0:
+            self.compile()
+        return found[0], found[1] if with_clip else None
+
+    def compile(self, mode: str = "default") -> None:
+        """Has the models compiled, for any number of frames, when they are next used; where that fails
+        (without a C compiler, say) they work as before.
+        """
+        self._before_compiling = math.inf
+        torch._dynamo.config.suppress_errors = True
+        self.dino.compile(mode)
+        self.clip.compile(mode)
+
+
+Vectors = Callable[[], list[NDArray[np.float16]]]
+"""Waits for vectors that were under way."""
+
+
+class Link:
+    """Brings frames to a device and fetches vectors from it, without waiting for what it computes."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._copying = torch.cuda.Stream(device) if device.startswith("cuda") else None
+
+    def bring(self, pixels: Pixels) -> Tensor:
+        """Frames on the device, for its current stream."""
+        # Pinned memory, which the GPU reads by itself; PyTorch keeps it until that is done.
+        pinned = self._copying is not None
+        staged = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=pinned)
+        staged.numpy()[:] = pixels
+        if self._copying is None:
+            return staged
+        with torch.cuda.stream(self._copying):
+            frames = staged.to(self._device, non_blocking=True)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._copying)
+        frames.record_stream(computing)
+        return frames
+
+    def fetch(self, vectors: list[Tensor]) -> Vectors:
+        halves = [v.half().to("cpu", non_blocking=True) for v in vectors]
+        if self._copying is None:
+            return lambda: [half.numpy() for half in halves]
+        arrived = torch.cuda.current_stream(self._device).record_event()
+
+        def wait() -> list[NDArray[np.float16]]:
+            arrived.synchronize()
+            return [half.numpy() for half in halves]
+
+        return wait
+
+
+def _take(batch: slice, vectors: Vectors, found: list[NDArray[np.float16]]) -> None:
+    for whole, part in zip(found, vectors(), strict=True):
+        whole[batch] = part
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """With its weights in `dtype`; what it computed itself, as rotary frequencies, stays exact."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def _of_any_number(images: Tensor) -> Tensor:
+    """What a compiled model is called with, so that it is compiled once for batches of all lengths."""
+    torch._dynamo.maybe_mark_dynamic(images, 0)
+    return images
 
 
 E = TypeVar("E", DinoEncoder, ClipEncoder)
