@@ -235,6 +235,14 @@ def test_a_hang_is_ended(
     assert same(spans_of(decoder, clip), truth)
 
 
+def test_a_span_may_hold_more_frames_than_it_should(decoder: Decoder, clip: Path) -> None:
+    sampling = Sampling(span_frames=3)  # but no span is shorter than a second
+    with clip.open("rb") as file:
+        wanted = list(decode(file, probe(file), SHORT_PX, sampling, threads=1))
+    assert max(len(span.pixels) for span in wanted) > 12
+    assert same(spans_of(decoder, clip, sampling), wanted)
+
+
 @pytest.mark.parametrize("mebibytes", [12, 24, 36])
 def test_wanting_too_much_memory_is_no_silent_loss(
     clip: Path, truth: list[DecodedSpan], large_h264: bytes, mebibytes: int

@@ -6,6 +6,7 @@ import av
 import av.filter
 import numpy as np
 import pytest
+from av.video.reformatter import Interpolation
 from clips import SHORT_PX, blank, made, quadrants, spans_of, straight_frames, times, write
 from numpy.typing import NDArray
 from PIL import Image
@@ -115,6 +116,23 @@ def test_pixels_are_close_to_pil(shared_videos: Path, name: str) -> None:
     assert width == round(full.width * short_side / full.height)
     oracle = np.asarray(full.resize((width, height), Image.Resampling.BICUBIC))
     assert pixels_apart(picture, oracle) < 2
+
+
+@pytest.mark.parametrize(
+    "name", ["mediabunny__video-h265.mp4", "intel__bottle-detection.mp4", "derived_av1_10bit.mp4"]
+)
+def test_no_colour_is_lost(shared_videos: Path, name: str) -> None:
+    """Next to FFmpeg's slowest and most exact conversion, to 16 bits."""
+    path = shared_videos / name
+    picture = spans_of(path.read_bytes())[0].pixels[0]
+    height, width = picture.shape[:2]
+    exact = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+    planes = next(straight_frames(path)).reformat(
+        width, height, "gbrp16le", interpolation=Interpolation.BICUBIC | exact
+    )
+    rows = (np.frombuffer(plane, np.uint16).reshape(height, -1) for plane in planes.planes)
+    green, blue, red = (row[:, :width] / 257 for row in rows)
+    assert np.abs(picture - np.stack([red, green, blue], axis=2)).max() < 2
 
 
 def with_matrix(data: bytes, a: int, b: int, c: int, d: int) -> bytes:

@@ -39,6 +39,7 @@ from vsearch.storage import open_url
 from vsearch.video import (
     TRIED_BEFORE_S,
     Lost,
+    Scaler,
     Timed,
     VideoError,
     fit,
@@ -232,10 +233,10 @@ def _shown(frames: Iterable[Timed | Lost], start_s: Fraction, stop: int | None) 
         yield _Shown(since, max(since + 1, stop or 0), shown)
 
 
-def _pixels(item: Timed, width_px: int) -> NDArray[np.uint8] | None:
+def _pixels(item: Timed, width_px: int, scaler: Scaler | None = None) -> NDArray[np.uint8] | None:
     """The picture of a frame, None if there is none."""
     try:
-        return to_rgb_within(item.frame, width_px, item.sample_aspect)
+        return to_rgb_within(item.frame, width_px, item.sample_aspect, scaler)
     except MemoryError:
         raise
     except av.error.FFmpegError:
@@ -292,9 +293,10 @@ def _encoded(stream: VideoStream, frames: Iterable[_Shown], width_px: int) -> It
             packet.duration = lasting.pop(packet.pts)
             yield packet
 
+    scaler = Scaler()
     size: tuple[int, int] | None = None
     for shown in frames:
-        pixels = _pixels(shown.frame, width_px)
+        pixels = _pixels(shown.frame, width_px, scaler)
         if pixels is None:
             continue
         if size is None:

@@ -12,6 +12,8 @@ child process and a `DecoderDiedError`; the worker lives on. The child is kept f
 
 import contextlib
 import functools
+import math
+import mmap
 import multiprocessing.connection
 import os
 import queue
@@ -28,6 +30,7 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vsearch import clips
 from vsearch.config import Sampling, UserError
@@ -293,7 +296,7 @@ class _Server:
 
     def __init__(self, channel: multiprocessing.connection.Connection, pixels: int) -> None:
         self._channel = channel
-        self._pixels = pixels
+        self._pixels, self._memory = pixels, np.empty(0, np.uint8)
         self._sending = threading.Lock()
         self._last_beat = 0.0
         self._waiting = False
@@ -349,19 +352,23 @@ class _Server:
     def _decode(self, file: Any, short_side_px: int, sampling: Sampling, run: SpanRun) -> None:
         began = time.process_time()
         # The header may have been read differently once, by another version: it is read again.
-        spans = decode(
-            file, probe(file), short_side_px, sampling, run, threads=1, on_frame=self.on_frame
-        )
-        for span in spans:
-            pixels = np.ascontiguousarray(span.pixels)
-            view, written = pixels.reshape(-1).data, 0
-            while written < len(view):
-                written += os.pwrite(self._pixels, view[written:], written)
+        info, threads = probe(file), 1
+        for span in decode(
+            file, info, short_side_px, sampling, run, threads, self.on_frame, self._shared
+        ):
             seconds = time.process_time() - began
             small = replace(span, pixels=np.zeros((0, 1, 1, 3), np.uint8))
-            self.send("span", (small, pixels.shape, seconds))
+            self.send("span", (small, span.pixels.shape, seconds))
             self._channel.recv()  # the pixels have been taken over
             began = time.process_time()
+
+    def _shared(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """The beginning of the shared file, as memory."""
+        size = math.prod(shape)
+        if size > len(self._memory):
+            os.ftruncate(self._pixels, size)
+            self._memory = np.frombuffer(mmap.mmap(self._pixels, size), np.uint8)
+        return self._memory[:size].reshape(shape)
 
 
 class _Watched:
@@ -389,11 +396,17 @@ def _limit_memory(size_bytes: int) -> None:
 
 def _allocated_bytes() -> int:
     """What counts against the limit, 0 where the system does not tell."""
+    handle = _statm()
+    return int(os.pread(handle, 200, 0).split()[5]) * mmap.PAGESIZE if handle is not None else 0
+
+
+@functools.cache
+def _statm() -> int | None:
+    """Opened once: it is read for each packet and frame."""
     try:
-        with open("/proc/self/statm", "rb", buffering=0) as file:
-            return int(file.read().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        return os.open("/proc/self/statm", os.O_RDONLY)
     except OSError:
-        return 0
+        return None
 
 
 def _end_with_parent() -> None:

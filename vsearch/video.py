@@ -22,7 +22,7 @@ import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -76,6 +76,10 @@ MIN_PACKET_BYTES = 4
 
 CLOCK_FORMATS = frozenset({"mpegts", "mpeg"})
 """Containers whose time stamps come from a running clock; players count from their first one."""
+
+Empty = Callable[[tuple[int, ...]], NDArray[np.uint8]]
+"""Gives memory for so many pictures (n, height, width, 3). Asked again, for more, it may give the same
+memory: what lies in it is copied first place to first place."""
 
 MAX_ASPECT = 4
 """A longer side than this many short sides is squeezed: what it costs must have a bound."""
@@ -214,19 +218,20 @@ def decode(
     run: SpanRun | None = None,
     threads: int = 0,
     on_frame: Callable[[], None] = lambda: None,
+    empty: Empty = lambda shape: np.empty(shape, np.uint8),
 ) -> Iterator[DecodedSpan]:
     """The spans of `run` (all of the video without one), one after the other, each as soon as it
     is complete. Frames are scaled so that their shorter side has `short_side_px`, with the aspect
     ratio kept. A damaged packet is noted in the span's `errors` and skipped. `threads` is FFmpeg's
     number of decoding threads, 0 for one a core. `on_frame` is called for each packet and frame, as
-    a sign of life.
+    a sign of life. `empty` gives the memory for the pixels of a span.
     """
     sampling = sampling or Sampling()
     run = run or SpanRun(0, None)
     grid = span_grid(sampling, info.fps, info.start_s)
     size_bytes = file.seek(0, 2)
     most = size_bytes // MIN_PACKET_BYTES + 1000
-    builder = _SpanBuilder(grid, run, sampling, short_side_px, info)
+    builder = _SpanBuilder(grid, run, sampling, short_side_px, info, empty)
     start_s = grid.start_s(run.first)
     # Where a seek is not clean, the one to some spans earlier may be; if not, from the start.
     seeks = [start_s, start_s - 2 * grid.length_s] if run.first and info.seekable else []
@@ -290,13 +295,20 @@ class _SpanBuilder:
     """Sorts decoded frames into spans and turns the kept ones into pixels."""
 
     def __init__(
-        self, grid: SpanGrid, run: SpanRun, sampling: Sampling, short_side: int, info: VideoInfo
+        self,
+        grid: SpanGrid,
+        run: SpanRun,
+        sampling: Sampling,
+        short_side: int,
+        info: VideoInfo,
+        empty: Empty,
     ) -> None:
         self._grid, self._run, self._short_side = grid, run, short_side
         self._sampling = sampling
         self._sampler = FrameSampler(sampling.fps)
         self._span = DecodedSpan(run.first)
-        self._pictures: list[NDArray[np.uint8]] = []
+        self._scaler = Scaler()
+        self._empty = empty
         self._signature: NDArray[np.float32] | None = None
         self._last_s = info.start_s  # of the last frame that was not lost
         self._spilled_s: Fraction | None = None  # of the last frame that the full span did not take
@@ -304,6 +316,10 @@ class _SpanBuilder:
         self._later: list[tuple[int, DecodeError]] = []  # with the span that each lies in
         rate = info.fps if info.fps and math.isfinite(info.fps) and info.fps > 0 else math.inf
         self._shortest_gap_s = max(LOST_S, 1.5 / rate)
+        frames = float(grid.length_s) * min(rate, sampling.fps or math.inf)
+        self._likely = 1 + math.ceil(min(frames, sampling.span_frames))
+        self._room = np.empty((0, 1, 1, 3), np.uint8)  # the first `_count` are this span's pictures
+        self._count = 0
         self._begun = False
         self.complete = False
 
@@ -373,7 +389,7 @@ class _SpanBuilder:
         if item.frame.is_corrupt:
             self.note(Lost(item.pts_s, "damaged frame"))
         try:
-            picture = to_rgb(item.frame, self._short_side, item.sample_aspect)
+            picture = to_rgb(item.frame, self._short_side, item.sample_aspect, self._scaler)
         except MemoryError:
             raise
         except av.error.FFmpegError as error:
@@ -381,10 +397,21 @@ class _SpanBuilder:
             self._lost = True
             return False
         if self._is_new(picture):
-            self._pictures.append(picture)
+            self._add(picture)
         self._span.pts_s.append(item.pts_s)
-        self._span.picture.append(len(self._pictures) - 1)
+        self._span.picture.append(self._count - 1)
         return True
+
+    def _add(self, picture: NDArray[np.uint8]) -> None:
+        """Copied at once: FFmpeg can use its memory for the next frame."""
+        if self._count == 0:
+            self._room = self._empty((self._likely, *picture.shape))
+        if self._count == len(self._room):
+            known, self._room = self._room, self._empty((2 * self._count, *self._room.shape[1:]))
+            self._room[: self._count] = known
+        # A stream may change its size on the way: what differs is fitted to the first picture.
+        self._room[self._count] = fit(picture, *self._room.shape[1:3])
+        self._count += 1
 
     def _is_new(self, picture: NDArray[np.uint8]) -> bool:
         if self._sampling.max_change is None:
@@ -408,16 +435,14 @@ class _SpanBuilder:
             yield self._close()
 
     def _close(self) -> DecodedSpan:
-        span, pictures = self._span, self._pictures
+        span = self._span
         if self._spilled_s is not None:
             span.gaps.append((self._last_s, self._spilled_s))
             self._last_s, self._spilled_s = self._spilled_s, None
-        if pictures:
-            # A stream may change its size on the way: what differs is fitted to the first picture.
-            height, width = pictures[0].shape[:2]
-            span.pixels = np.stack([fit(picture, height, width) for picture in pictures])
+        if self._count:
+            span.pixels = self._room[: self._count]
         number = span.number + 1
-        self._span, self._pictures, self._signature = DecodedSpan(number), [], None
+        self._span, self._count, self._signature = DecodedSpan(number), 0, None
         self._span.errors = [error for n, error in self._later if n == number]
         self._later = [(n, error) for n, error in self._later if n > number]
         self.complete = self._run.stop is not None and number >= self._run.stop
@@ -543,58 +568,98 @@ def _packets(
             hole = False
 
 
+class Scaler:
+    """What FFmpeg sets up for pictures of a size, kept for the next frame: a third of the time goes into
+    it otherwise. For one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._scaling, self._packing, self._tiny = (VideoReformatter() for _ in range(3))
+
+    def rgb(self, frame: VideoFrame, width: int, height: int) -> VideoFrame:
+        """The frame in this size, as rgb24."""
+        if _in_planes(frame, width, height):
+            frame = self._converted(self._scaling, frame, width, height, "gbrp")
+        return self._converted(self._packing, frame, width, height, "rgb24")
+
+    @staticmethod
+    def _converted(
+        reformatter: VideoReformatter, frame: VideoFrame, width: int, height: int, kind: str
+    ) -> VideoFrame:
+        # One thread: FFmpeg's choice would be as many as the machine has cores, for each frame anew.
+        return reformatter.reformat(
+            frame, width, height, kind, interpolation=Interpolation.BICUBIC, threads=1
+        )
+
+    def orientation(self, frame: VideoFrame) -> tuple[bool, bool, bool]:
+        """Whether rows become columns, and whether x and y run backwards then, as the frame's display
+        matrix says: x' = a·x + c·y, y' = b·x + d·y (FFmpeg, libavutil/display.h). Only right angles
+        are followed, as players do.
+        """
+        # A frame that was asked for its side data stays until the next garbage collection: ask a tiny one.
+        tiny = self._tiny.reformat(frame, 8, 8, interpolation=Interpolation.POINT, threads=1)
+        matrix: Any = tiny.side_data.get("DISPLAYMATRIX")
+        if matrix is None:
+            return False, False, False
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+        turned = abs(b) + abs(c) > abs(a) + abs(d)
+        return (True, c < 0, b < 0) if turned else (False, a < 0, d < 0)
+
+
+def _in_planes(frame: VideoFrame, width: int, height: int) -> bool:
+    """Whether a frame is scaled to planes of red, green and blue, which are packed then. To FFmpeg that is
+    half the work, and no colour is lost: on its short way it drops every other column's. (Where nothing is
+    scaled, its planes have faults at the right edge.)
+    """
+    coloured = not frame.format.is_rgb and len(frame.format.components) >= 3
+    return coloured and (frame.width, frame.height) != (width, height)
+
+
 def to_rgb(
     frame: VideoFrame,
     short_side_px: int,
     sample_aspect: Fraction | None = None,
+    scaler: Scaler | None = None,
 ) -> NDArray[np.uint8]:
     """A frame as uint8 (height, width, 3) RGB: square pixels, upright, shorter side as asked.
     `sample_aspect` is the width of a stored pixel over its height.
     """
+    scaler = scaler or Scaler()
     width = frame.width * float(sample_aspect or 1)
     scale = short_side_px / min(width, frame.height)
-    return _upright(_shrunk(frame, (width, frame.height), scale))
+    return _shrunk(scaler, frame, (width, frame.height), scale, scaler.orientation(frame))
 
 
 def to_rgb_within(
     frame: VideoFrame,
     width_px: int,
     sample_aspect: Fraction | None = None,
+    scaler: Scaler | None = None,
 ) -> NDArray[np.uint8]:
     """As `to_rgb`, but at most `width_px` wide once it is upright, and never enlarged."""
+    scaler = scaler or Scaler()
     size = (frame.width * float(sample_aspect or 1), frame.height)
-    across = size[1] if _orientation(frame)[0] else size[0]
-    return _upright(_shrunk(frame, size, min(1.0, width_px / across)))
+    orientation = scaler.orientation(frame)
+    across = size[1] if orientation[0] else size[0]
+    return _shrunk(scaler, frame, size, min(1.0, width_px / across), orientation)
 
 
-def _shrunk(frame: VideoFrame, size: tuple[float, float], scale: float) -> VideoFrame:
-    """Scaled to so many times `size`, but no longer than `MAX_ASPECT` allows."""
+def _shrunk(
+    scaler: Scaler,
+    frame: VideoFrame,
+    size: tuple[float, float],
+    scale: float,
+    orientation: tuple[bool, bool, bool],
+) -> NDArray[np.uint8]:
+    """Scaled to so many times `size`, but no longer than `MAX_ASPECT` allows, and turned upright."""
     sides = [max(1, round(side * scale)) for side in size]
     longest = MAX_ASPECT * min(sides)
-    return _scaled(frame, min(longest, sides[0]), min(longest, sides[1]))
-
-
-def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
-    picture = np.asarray(frame.to_ndarray(), np.uint8)
-    turned, flipped_x, flipped_y = _orientation(frame)
+    small = scaler.rgb(frame, min(longest, sides[0]), min(longest, sides[1]))
+    picture = np.asarray(small.to_ndarray(), np.uint8)
+    turned, flipped_x, flipped_y = orientation
     if turned:
         picture = picture.transpose(1, 0, 2)
     return picture[:: -1 if flipped_y else 1, :: -1 if flipped_x else 1]
-
-
-def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """Whether rows become columns, and whether x and y run backwards then, as the frame's display matrix
-    says: x' = a·x + c·y, y' = b·x + d·y (FFmpeg, libavutil/display.h). Only right angles are followed,
-    as players do.
-    """
-    # A frame that was asked for its side data stays until the next garbage collection: ask a tiny one.
-    tiny = frame.reformat(8, 8, interpolation=Interpolation.POINT, threads=1)
-    matrix: Any = tiny.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False, False, False
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-    turned = abs(b) + abs(c) > abs(a) + abs(d)
-    return (True, c < 0, b < 0) if turned else (False, a < 0, d < 0)
 
 
 def fit(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -602,12 +667,7 @@ def fit(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8
     if picture.shape[:2] == (height, width):
         return picture
     frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
-    return np.asarray(_scaled(frame, width, height).to_ndarray(), np.uint8)
-
-
-def _scaled(frame: VideoFrame, width: int, height: int) -> VideoFrame:
-    # One thread: FFmpeg's choice would be as many as the machine has cores, for each frame anew.
-    return frame.reformat(width, height, "rgb24", interpolation=Interpolation.BICUBIC, threads=1)
+    return np.asarray(Scaler().rgb(frame, width, height).to_ndarray(), np.uint8)
 
 
 def open_container(file: BinaryIO) -> InputContainer:
