@@ -313,10 +313,11 @@ def ask_faiss(work: Work, path: Path, kind: str) -> Figures:
     return {"disk_bytes": path.stat().st_size, "setting": setting, **figures}
 
 
-def run_peer(python: str, what: str, work: Work, folder: Path) -> Figures:
+def request(work: Work, folder: Path) -> Path:
+    """The file that tells a peer what to do: see `index_peer.py`."""
     folder.mkdir(parents=True, exist_ok=True)
     names = ("text", "frames", "truth_text", "truth_frames")
-    request = {
+    asked_for = {
         "vectors": str(work.vectors),
         "rows": work.rows,
         "dim": work.dim,
@@ -325,11 +326,16 @@ def run_peer(python: str, what: str, work: Work, folder: Path) -> Figures:
         "min_recall": recall.MIN_RECALL,
     } | {name: str(work.folder / f"{name}.npy") for name in names}
     path = folder / "work.json"
-    path.write_text(json.dumps(request))
+    path.write_text(json.dumps(asked_for))
+    return path
+
+
+def run_peer(python: str, what: str, work: Work, folder: Path) -> Figures:
     script = Path(__file__).with_name("index_peer.py")
     done = subprocess.run(
-        [python, str(script), what, str(path)], check=True, stdout=subprocess.PIPE, text=True
-    )
+        [python, str(script), what, str(request(work, folder))],
+        check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

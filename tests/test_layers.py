@@ -17,15 +17,16 @@ WITHOUT_RAY = [
     "snapshots", "filters", "verify", "parts", "keys", "clips", "exports", "pictures", "query", "api",
     "guard", "media", "versions", "service", "routes", "sizing", "placement", "buckets", "tasks", "laws",
     "plan", "scoring", "qvhighlights", "fusion", "spaces", "report", "confidence", "drift", "gallery",
+    "packed",
 ]  # fmt: skip
 STAGES = {"ingest", "train", "build_index", "serve"}
 ORDER = [
     "config", "placement", "keys", "query", "confidence", "schema", "sampling", "storage", "buckets",
     "sources", "video", "clips", "decoder", "coverage", "corpus", "probing", "tasks", "laws", "plan",
-    "encoders", "projector", "drift", "fusion", "pictures", "moments", "sizing", "index", "recall",
-    "snapshots", "filters", "gallery", "search", "exports", "scoring", "evaluate", "qvhighlights", "verify",
-    "parts", "spaces", "report", "api", "guard", "media", "versions", "service", "routes", "runtime",
-    "submit",
+    "packed", "encoders", "projector", "drift", "fusion", "pictures", "moments", "sizing", "index",
+    "recall", "snapshots", "filters", "gallery", "search", "exports", "scoring", "evaluate",
+    "qvhighlights", "verify", "parts", "spaces", "report", "api", "guard", "media", "versions", "service",
+    "routes", "runtime", "submit",
 ]  # fmt: skip
 FLOORS = [*({name} for name in ORDER), STAGES, {"demo"}, {"show"}, {"cli"}]
 ABOVE = {

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from copy import copy
+from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from transformers import AutoImageProcessor, AutoModel
 from transformers.utils import logging as transformers_logging
 
 from vsearch.config import Encoder, EncoderNames, UserError, local_folder
+from vsearch.packed import packed
 from vsearch.placement import CPU_BATCH, gpu_batch
 
 Pixels = NDArray[np.uint8]
@@ -370,6 +372,9 @@ def _text_features(model: Any) -> Callable[[Tensor], Tensor]:
         return model.encode_text
     if not _is_causal(tower) or pool not in ("argmax", "eos"):
         return model.encode_text
+    layers = cache(
+        partial(packed, tower.transformer)
+    )  # made for the first sentence: images need none
 
     def features(tokens: Tensor) -> Tensor:
         ends = (tokens == eos_id).int().argmax(-1) if pool == "eos" else tokens.argmax(-1)
@@ -379,6 +384,7 @@ def _text_features(model: Any) -> Callable[[Tensor], Tensor]:
         places, mask = tower.positional_embedding[:length], tower.attn_mask[:length, :length]
         short._parameters = tower._parameters | {"positional_embedding": places}
         short._buffers = tower._buffers | {"attn_mask": mask}
+        short._modules = tower._modules | {"transformer": layers()}
         return compute(short, tokens[:, :length])
 
     return features

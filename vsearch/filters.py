@@ -60,6 +60,8 @@ class Filter:
         """
         first = np.full(len(videos), -math.inf if self.from_s is None else self.from_s, np.float64)
         last = np.full(len(videos), math.inf if self.to_s is None else self.to_s, np.float64)
+        if not (self.videos or self.paths or self.tags or self.after or self.before):
+            return first, last  # no video is looked at: there may be many
         for number, video in enumerate(videos):
             if not self._admits(video):
                 first[number] = last[number] = math.nan
