@@ -337,7 +337,9 @@ def _train_loop(job: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = get_device()
     torch.manual_seed(config.seed)  # the same on all ranks: they start from one model
+    clock = _Clock()
     pairs = _load_pairs(job, config, rank, world, device)
+    clock.note("read")
     count, mean, std = _statistics(pairs.x, world)
     fewest = _across(torch.tensor(float(len(pairs.x)), device=device), "MIN", world)
     if fewest < 1:
@@ -361,8 +363,9 @@ def _train_loop(job: dict[str, Any]) -> None:
     if start:  # what comes out is better than that, or is not published
         state.note(_validate(projector, pairs, world), -1)
     state.resume(ray.train.get_checkpoint(), device)
+    clock.note("prepare")
     began = saved = time.monotonic()
-    first_epoch = state.epoch
+    first_epoch, curve = state.epoch, []
     while state.epoch < config.max_epochs and state.epoch - state.best_epoch <= config.patience:
         order = torch.randperm(
             len(pairs.x), generator=torch.Generator().manual_seed(state.epoch * 10_007 + rank)
@@ -385,9 +388,13 @@ def _train_loop(job: dict[str, Any]) -> None:
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
+        loss_mean = float(torch.stack(losses).mean())
+        clock.note("learn")
         metrics = _validate(projector, pairs, world)
+        clock.note("validate")
         state.note(metrics, state.epoch)
-        report = {"epoch": state.epoch, "loss": float(torch.stack(losses).mean()), **metrics}
+        report = {"epoch": state.epoch, "loss": loss_mean, **metrics}
+        curve.append(report | {"at_s": round(time.monotonic() - began, 2)})
         print(json.dumps({"stage": "train", **report}), flush=True)  # seen in a job's log
         # A report with a checkpoint costs seconds, an epoch may take less: the first rank's clock
         # decides, for all ranks must report equally often.
@@ -397,6 +404,7 @@ def _train_loop(job: dict[str, Any]) -> None:
                 checkpoint = state.save(Path(folder)) if rank == 0 else None
                 ray.train.report(report, checkpoint=checkpoint)
             saved = time.monotonic()
+            clock.note("checkpoint")
         state.epoch += 1
     kept = _all_validation(pairs, world)
     if rank == 0:
@@ -417,7 +425,9 @@ def _train_loop(job: dict[str, Any]) -> None:
                 corpus.write(_refusal(job["name"]), json.dumps(refusal).encode())
                 return
             summary |= compared
-        _publish(corpus, projector, config, job["record"], kept, summary)
+        clock.note("prepare")
+        history = {"curve": curve, "took_s": clock.took_s}
+        _publish(corpus, projector, config, job["record"] | history, kept, summary)
 
 
 def _validate(projector: Any, pairs: _Pairs, world: int) -> dict[str, float]:
@@ -519,6 +529,20 @@ def _statistics(
     squares = torch.stack([(p.double() - mean).square().sum(0) for p in parts]).sum(0)
     square = _across(squares, "SUM", world) / count
     return count, mean.float(), square.sqrt().float()
+
+
+class _Clock:
+    """How many seconds each part of a worker's time took."""
+
+    def __init__(self) -> None:
+        self.took_s: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def note(self, part: str) -> None:
+        """The time since the last note was spent on this part."""
+        now = time.monotonic()
+        self.took_s[part] = round(self.took_s.get(part, 0.0) + now - self._since, 3)
+        self._since = now
 
 
 class _State:
