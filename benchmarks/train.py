@@ -265,9 +265,7 @@ def measure_peer(url: str, config: TrainConfig) -> Figures:
 
     torch.manual_seed(config.seed)
     mean, std = x.mean(0), x.std(0)
-    model = nn.Sequential(
-        nn.Linear(DINO, config.hidden), nn.GELU(), nn.Linear(config.hidden, CLIP)
-    )
+    model = nn.Sequential(nn.Linear(DINO, config.hidden), nn.GELU(), nn.Linear(config.hidden, CLIP))
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, weight_decay=config.weight_decay
     )

@@ -85,7 +85,9 @@ def write_frames(world: World, rows: int, path: Path, seed: int) -> None:
 
 
 def shot(world: World, rng: np.random.Generator) -> Vectors:
-    """Unit vectors of the frames of one shot: they drift on straight lines between random points around its centre."""
+    """Unit vectors of the frames of one shot: they drift on straight lines between random points around
+    its centre.
+    """
     frames = int(rng.integers(FRAMES_A_SHOT // 3, FRAMES_A_SHOT * 5 // 3))
     topic = world.topics[rng.integers(len(world.topics))]
     centre = np.sqrt(OFFSET) * world.images + np.sqrt(TOPIC) * topic
