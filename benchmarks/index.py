@@ -334,7 +334,7 @@ def run_peer(script: str, python: str, what: str, work: Work, folder: Path, **mo
     path = folder / "work.json"
     path.write_text(json.dumps(request))
     command = [python, str(Path(__file__).with_name(script)), what, str(path)]
-    alone_in = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    alone_in = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"TQDM_DISABLE": "1"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=alone_in)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

@@ -28,6 +28,11 @@ LOOKS = {
 REPEATS = 3
 
 
+_OPQMatrix = faiss.OPQMatrix
+# autofaiss 2.18 names the arguments, which FAISS 1.15 no longer knows by name.
+faiss.OPQMatrix = lambda d, M=1, d2=-1: _OPQMatrix(d, M, d2)  # noqa: N803
+
+
 def status_bytes(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
