@@ -52,7 +52,12 @@ from vsearch.index import Index, Mask, Rows, Shard, encode, exact_search
 from vsearch.index import train_quantizer as trained
 from vsearch.sizing import FLAT_ROWS, Setting, cells_for
 
-ENGINES = ("flat", "hnsw", "lancedb", "autofaiss")
+AUTOFAISS = {
+    "autofaiss": "our memory",
+    "autofaiss-3GB": "3 GB",
+    "autofaiss-mapped": "3 GB, mappable",
+}
+ENGINES = ("flat", "hnsw", "lancedb", *AUTOFAISS)
 PARTS = ("speed", "filters", "updates", "training")
 DEPTH = recall.DEPTH
 TEXT_QUERIES, FRAME_QUERIES = 200, 100
@@ -459,8 +464,7 @@ def speed(
 
     if "lancedb" in engines:
         table += of_lancedb(work, peer_python)
-    if "autofaiss" in engines:
-        table += of_autofaiss(work, one["ram_bytes"], autofaiss_python)
+    table += of_autofaiss(work, engines, one["ram_bytes"], autofaiss_python)
     return table
 
 
@@ -479,18 +483,19 @@ def of_lancedb(work: Work, python: str | None) -> list[Figures]:
     return [summary("LanceDB IVF_PQ", work, built, found) | {"curve": found["curve"]}]
 
 
-def of_autofaiss(work: Work, our_bytes: int, python: str | None) -> list[Figures]:
-    if python is None:
+def of_autofaiss(
+    work: Work, engines: list[str], our_bytes: int, python: str | None
+) -> list[Figures]:
+    wanted = {f"autofaiss, {how}": how for name, how in AUTOFAISS.items() if name in engines}
+    if wanted and python is None:
         CONSOLE.print("autofaiss is left out: --autofaiss-python names no environment with it.")
+    if python is None:
         return []
     table: list[Figures] = []
     folder = work.folder / "autofaiss"
-    for name, index_bytes, mappable in (
-        ("autofaiss, our memory", our_bytes, False),
-        ("autofaiss, 3 GB", AUTOFAISS_BYTES, False),
-        ("autofaiss, 3 GB, mappable", AUTOFAISS_BYTES, True),
-    ):
-        asked_for = {"index_bytes": index_bytes, "mappable": mappable}
+    for name, how in wanted.items():
+        index_bytes = our_bytes if how == "our memory" else AUTOFAISS_BYTES
+        asked_for = {"index_bytes": index_bytes, "mappable": "mappable" in how}
         try:
             built = run_peer("index_autofaiss.py", python, "build", work, folder, **asked_for)
             found = run_peer("index_autofaiss.py", python, "ask", work, folder)
@@ -818,6 +823,10 @@ def main() -> None:
                 show(f"{part}: {name}", rows)
                 if part == "speed":
                     show(f"targets: {name}", targets(rows))
+                if part == "speed":  # other engines were perhaps measured before
+                    new = {row["index"] for row in rows}
+                    kept = figures.get(name, {}).get(part, [])
+                    rows = [*rows, *(row for row in kept if row["index"] not in new)]
                 figures.setdefault(name, {})[part] = rows
                 figures[name].setdefault("took_s", {})[part] = round(time.perf_counter() - began, 1)
                 if arguments.json:

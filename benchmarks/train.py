@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -167,11 +168,14 @@ def matmul_gflops() -> dict[str, float]:
 # ── ours ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Memory:
-    """While it is entered: the most anonymous memory of one process below this one, and of all."""
+class Watch:
+    """While it is entered: the most anonymous memory of one process below this one, and of all, and the
+    seconds that processors worked for each, by the names that Ray gives them.
+    """
 
-    def __enter__(self) -> "Memory":
+    def __enter__(self) -> "Watch":
         self.one = self.all = 0
+        self._worked: dict[int, tuple[str, float]] = {}
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch)
         self._watcher.start()
@@ -179,12 +183,31 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._over.wait(0.2):
-            sizes = [anonymous_bytes(p.pid) for p in psutil.Process().children(recursive=True)]
-            self.one, self.all = max([self.one, *sizes]), max(self.all, sum(sizes))
+            sizes = [0]
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    sizes.append(anonymous_bytes(process.pid))
+                    times, command = process.cpu_times(), process.cmdline()
+                    if command:  # it has not ended
+                        name = process_name(command)
+                        self._worked[process.pid] = name, times.user + times.system
+            self.one, self.all = max(self.one, *sizes), max(self.all, sum(sizes))
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._watcher.join()
+
+    def cpu_s(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, seconds in self._worked.values():
+            found[name] = found.get(name, 0.0) + seconds
+        return {name: round(s, 1) for name, s in sorted(found.items(), key=lambda f: -f[1])}
+
+
+def process_name(command: list[str]) -> str:
+    known = ("_fit", "TrainController", "RayTrainWorker")
+    name = next((name for name in known if command[0].startswith(f"ray::{name}")), None)
+    return name or ("command" if "-c" in command[:2] else "other processes of Ray")
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -208,7 +231,7 @@ def measure_ours(url: str, config: TrainConfig) -> Figures:
     corpus.remove_folder("projector")  # else there would be nothing to do
     command = [sys.executable, "-c", COMMAND, url, str(config.max_epochs)]
     began = time.time()
-    with Memory() as memory:
+    with Watch() as watch:
         subprocess.run(command, check=True)
     ended = time.time()
     found = newest_projector(corpus)
@@ -229,8 +252,9 @@ def measure_ours(url: str, config: TrainConfig) -> Figures:
         "loop_s_to_1%": round(close["at_s"], 1),
         "whole_s_to_1%": round(starting + took_s["read"] + close["at_s"], 1),
         "train_pairs": record["metrics"]["train_pairs"],
-        "peak_mb": round(memory.one / 1e6),
-        "peak_all_mb": round(memory.all / 1e6),
+        "peak_mb": round(watch.one / 1e6),
+        "peak_all_mb": round(watch.all / 1e6),
+        "cpu_s": watch.cpu_s(),
         "curve": record["curve"],
     }
 
@@ -325,9 +349,9 @@ def measure_peer(url: str, config: TrainConfig) -> Figures:
 
 def alone(function: Any, *arguments: Any) -> tuple[Any, int]:
     """What a function returns in a process of its own, and the most anonymous memory of that."""
-    with Memory() as memory, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with Watch() as watch, ProcessPoolExecutor(1, get_context("spawn")) as pool:
         found = pool.submit(function, *arguments).result()
-    return found, memory.one
+    return found, watch.one
 
 
 def against_limit(found: Figures, gflops: dict[str, float], config: TrainConfig) -> Figures:
