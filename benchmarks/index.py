@@ -7,11 +7,15 @@ and its peak memory is taken, a search has one thread, its memory is what it hol
 pages after all queries (a page of a mapped file can be given back at any time). A query asks for 200
 hits, one at a time; its latency is the least of three, p50 and p99 are over the queries.
 
-    speed     ours in one shard and in eight, exact search, HNSW, LanceDB, each tuned to recall ≥ 0.97
+    speed     ours in one shard and in eight, exact search, HNSW, LanceDB, autofaiss, each tuned to
+              recall ≥ 0.97; with several sizes also how they grow: the slopes of the logarithms
     filters   recall and latency where 100 % … 0.1 % of the rows are allowed, at random or by video;
               at which number of allowed rows a scan of them is as fast as the index
     updates   recall after a fifth of the rows was deleted and a fifth added, with the old quantizer
     training  what fewer cells, training rows or iterations of k-means cost in recall
+
+autofaiss chooses an index by the memory that it may take: as much as ours holds, or 3 GB, once any
+index and once one that can be mapped from disk. It and LanceDB need environments of their own.
 
     python benchmarks/index.py --rows 100000 1000000 --json out.json
 """
@@ -23,6 +27,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -47,13 +52,19 @@ from vsearch.index import Index, Mask, Rows, Shard, encode, exact_search
 from vsearch.index import train_quantizer as trained
 from vsearch.sizing import FLAT_ROWS, Setting, cells_for
 
-ENGINES = ("flat", "hnsw", "lancedb")
+AUTOFAISS = {
+    "autofaiss": "our memory",
+    "autofaiss-3GB": "3 GB",
+    "autofaiss-mapped": "3 GB, mappable",
+}
+ENGINES = ("flat", "hnsw", "lancedb", *AUTOFAISS)
 PARTS = ("speed", "filters", "updates", "training")
 DEPTH = recall.DEPTH
 TEXT_QUERIES, FRAME_QUERIES = 200, 100
 HNSW_LINKS, HNSW_BUILD = 32, 80
 HNSW_LOOKS = (200, 400, 800, 1600, 3200, 6400)
 HNSW_MOST_ROWS = 1_000_000
+AUTOFAISS_BYTES = 3_000_000_000
 SHARES = (1.0, 0.1, 0.01, 0.001)
 KEPT_ROWS = (1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000)
 VIDEO_ROWS = 3_000
@@ -313,7 +324,7 @@ def ask_faiss(work: Work, path: Path, kind: str) -> Figures:
     return {"disk_bytes": path.stat().st_size, "setting": setting, **figures}
 
 
-def request(work: Work, folder: Path) -> Path:
+def request(work: Work, folder: Path, **more: Any) -> Path:
     """The file that tells a peer what to do: see `index_peer.py`."""
     folder.mkdir(parents=True, exist_ok=True)
     names = ("text", "frames", "truth_text", "truth_frames")
@@ -324,18 +335,18 @@ def request(work: Work, folder: Path) -> Path:
         "folder": str(folder),
         "nlist": cells_for(work.rows) // 4,  # it asks for 256 rows a cell
         "min_recall": recall.MIN_RECALL,
+        **more,
     } | {name: str(work.folder / f"{name}.npy") for name in names}
     path = folder / "work.json"
     path.write_text(json.dumps(asked_for))
     return path
 
 
-def run_peer(python: str, what: str, work: Work, folder: Path) -> Figures:
-    script = Path(__file__).with_name("index_peer.py")
-    done = subprocess.run(
-        [python, str(script), what, str(request(work, folder))],
-        check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def run_peer(script: str, python: str, what: str, work: Work, folder: Path, **more: Any) -> Figures:
+    path = request(work, folder, **more)
+    command = [python, str(Path(__file__).with_name(script)), what, str(path)]
+    alone_in = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"TQDM_DISABLE": "1"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=alone_in)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -421,7 +432,13 @@ def base(work: Work, threads: int) -> tuple[Path, Figures, Figures]:
     return folder, built, probed
 
 
-def speed(work: Work, threads: int, engines: list[str], peer_python: str | None) -> list[Figures]:
+def speed(
+    work: Work,
+    threads: int,
+    engines: list[str],
+    peer_python: str | None,
+    autofaiss_python: str | None,
+) -> list[Figures]:
     folder, built, probed = base(work, threads)
     setting = Setting(**probed["setting"])
     built["seconds"]["probe"] = probed["probe_s"]
@@ -451,19 +468,73 @@ def speed(work: Work, threads: int, engines: list[str], peer_python: str | None)
         table.append(summary(name, work, built, alone(1, ask_faiss, work, path, kind)))
         path.unlink()
 
-    if "lancedb" not in engines:
-        return table
-    if peer_python is None:
+    if "lancedb" in engines:
+        table += of_lancedb(work, peer_python)
+    table += of_autofaiss(work, engines, one["ram_bytes"], autofaiss_python)
+    return table
+
+
+def of_lancedb(work: Work, python: str | None) -> list[Figures]:
+    if python is None:
         CONSOLE.print("LanceDB is left out: --peer-python names no environment that has it.")
-        return table
+        return []
     try:
         folder = work.folder / "peer"
-        built = run_peer(peer_python, "build", work, folder)
+        built = run_peer("index_peer.py", python, "build", work, folder)
         disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        found = run_peer(peer_python, "ask", work, folder) | {"disk_bytes": disk}
-        table.append(summary("LanceDB IVF_PQ", work, built, found) | {"curve": found["curve"]})
+        found = run_peer("index_peer.py", python, "ask", work, folder) | {"disk_bytes": disk}
     except (OSError, subprocess.CalledProcessError) as error:
         CONSOLE.print(f"LanceDB is left out: {error}")
+        return []
+    return [summary("LanceDB IVF_PQ", work, built, found) | {"curve": found["curve"]}]
+
+
+def of_autofaiss(
+    work: Work, engines: list[str], our_bytes: int, python: str | None
+) -> list[Figures]:
+    wanted = {f"autofaiss, {how}": how for name, how in AUTOFAISS.items() if name in engines}
+    if wanted and python is None:
+        CONSOLE.print("autofaiss is left out: --autofaiss-python names no environment with it.")
+    if python is None:
+        return []
+    table: list[Figures] = []
+    folder = work.folder / "autofaiss"
+    for name, how in wanted.items():
+        index_bytes = our_bytes if how == "our memory" else AUTOFAISS_BYTES
+        asked_for = {"index_bytes": index_bytes, "mappable": "mappable" in how}
+        try:
+            built = run_peer("index_autofaiss.py", python, "build", work, folder, **asked_for)
+            found = run_peer("index_autofaiss.py", python, "ask", work, folder)
+        except (OSError, subprocess.CalledProcessError) as error:
+            CONSOLE.print(f"{name} is left out: {error}")
+            continue
+        table.append(summary(name, work, built, found) | {"curve": found["curve"]})
+        shutil.rmtree(folder)
+    return table
+
+
+def growth(figures: Figures) -> list[Figures]:
+    """The exponents of each index over the made-up sizes: 1 where twice the rows take twice as much."""
+    rows = [row for of_size in figures.values() for row in of_size.get("speed", ())]
+    table = []
+    for name in dict.fromkeys(row["index"] for row in rows):
+        mine = [row for row in rows if row["index"] == name]
+        if len({row["rows"] for row in mine}) < 2:
+            continue
+        values = {
+            "build_s": [sum(v for k, v in r["build_s"].items() if "CPU" not in k) for r in mine],
+            "build_cpu_s": [sum(v for k, v in r["build_s"].items() if "CPU" in k) for r in mine],
+            "build_peak": [row["build_peak_mb"] for row in mine],
+            "ram": [row["ram_bytes_a_vector"] * row["rows"] for row in mine],
+            "p50": [row["p50_ms"] for row in mine],
+        }
+        sizes = np.log([row["rows"] for row in mine])
+        slopes = {
+            f"{what} exponent": round(float(np.polyfit(sizes, np.log(found), 1)[0]), 2)
+            for what, found in values.items()
+            if min(found) > 0
+        }
+        table.append({"index": name, "rows": str([row["rows"] for row in mine])} | slopes)
     return table
 
 
@@ -711,7 +782,8 @@ def targets(rows: list[Figures]) -> list[Figures]:
 
 def measured(part: str, work: Work, arguments: argparse.Namespace) -> list[Figures]:
     if part == "speed":
-        return speed(work, arguments.threads, arguments.engines, arguments.peer_python)
+        pythons = arguments.peer_python, arguments.autofaiss_python
+        return speed(work, arguments.threads, arguments.engines, *pythons)
     if part == "training":
         return training(work, arguments.threads, variants_for(work.rows))
     folder, built, probed = base(work, arguments.threads)
@@ -733,6 +805,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="figures go here; those of other parts are kept")
     parser.add_argument("--folder", type=Path, help="keeps what is made, for the next time")
     parser.add_argument("--peer-python", help="the Python of an environment that has lancedb")
+    parser.add_argument("--autofaiss-python", help="the same, of one that has autofaiss")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a build")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -756,10 +829,15 @@ def main() -> None:
                 show(f"{part}: {name}", rows)
                 if part == "speed":
                     show(f"targets: {name}", targets(rows))
+                if part == "speed":  # other engines were perhaps measured before
+                    new = {row["index"] for row in rows}
+                    kept = figures.get(name, {}).get(part, [])
+                    rows = [*rows, *(row for row in kept if row["index"] not in new)]
                 figures.setdefault(name, {})[part] = rows
                 figures[name].setdefault("took_s", {})[part] = round(time.perf_counter() - began, 1)
                 if arguments.json:
                     arguments.json.write_text(json.dumps(figures, indent=1))
+    show("growth", growth({name: f for name, f in figures.items() if name.isdigit()}))
 
 
 if __name__ == "__main__":

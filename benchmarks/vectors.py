@@ -78,14 +78,16 @@ def write_frames(world: World, rows: int, path: Path, seed: int) -> None:
         size = min(BLOCK, rows - start)
         filled = 0
         while filled < size:
-            part = shot(world, rng)[: size - filled]
-            vectors[start + filled : start + filled + len(part)] = part
-            filled += len(part)
+            drawn = shot(world, rng)[: size - filled]
+            vectors[start + filled : start + filled + len(drawn)] = drawn
+            filled += len(drawn)
     vectors.flush()
 
 
 def shot(world: World, rng: np.random.Generator) -> Vectors:
-    """The frames of one shot: they drift on straight lines between random points around its centre."""
+    """Unit vectors of the frames of one shot: they drift on straight lines between random points around
+    its centre.
+    """
     frames = int(rng.integers(FRAMES_A_SHOT // 3, FRAMES_A_SHOT * 5 // 3))
     topic = world.topics[rng.integers(len(world.topics))]
     centre = np.sqrt(OFFSET) * world.images + np.sqrt(TOPIC) * topic

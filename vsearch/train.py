@@ -11,6 +11,7 @@ import math
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -181,9 +182,14 @@ def _free_placement_groups(known: set[str]) -> None:
 
 @ray.remote(num_cpus=1, max_retries=0)
 def _fit(training: dict[str, Any]) -> None:
-    """Runs a training. Ray Train's controller stands where this is called, and both load torch: as a
+    """Runs a training. Ray Train's controller stands where this is called, and both load much: as a
     task they are on a node that has cores. While it waits its core is the workers'.
     """
+    if training["scaling_config"].num_workers == 1:  # then torch is loaded by the worker alone
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        DataParallelTrainer(_train_loop, **training).fit()
+        return
     from ray.train.torch import TorchTrainer
 
     TorchTrainer(_train_loop, **training).fit()
@@ -243,13 +249,15 @@ def _run_storage(corpus: Corpus) -> dict[str, Any]:
 def _material(
     counted: dict[str, tuple[str, SpanRecord]], config: TrainConfig, held_out: set[str]
 ) -> dict[str, Any]:
-    """What the workers learn from: `files`, the ids of the spans that count in each frames file; the
-    `share` of their rows that is used; the videos that are `held_out` for validation, those given
-    among them. Raises `UserError` where these are all.
+    """What the workers learn from: `files`, the ids of the spans that count in each frames file;
+    `frames`, how many these hold; the `share` of their rows that is used; the videos that are
+    `held_out` for validation, those given among them. Raises `UserError` where these are all.
     """
     files: dict[str, list[str]] = {}
-    for span, (name, _) in sorted(counted.items()):
+    frames: Counter[str] = Counter()
+    for span, (name, record) in sorted(counted.items()):
         files.setdefault(name, []).append(span)
+        frames[name] += record.frames
     records = [record for _, record in counted.values()]
     videos = sorted({record.video_id for record in records})
     held_out = held_out & set(videos) | split_videos(videos, config.validation)
@@ -260,6 +268,7 @@ def _material(
         )
     return {
         "files": dict(sorted(files.items())),
+        "frames": dict(frames),
         "share": min(1.0, config.max_pairs / sum(record.frames for record in records)),
         "held_out": sorted(held_out),
     }
@@ -288,34 +297,43 @@ def _load_pairs(
     import torch
 
     corpus = Corpus(job["corpus"])
-    names = list(job["files"])
-    held_out = job["held_out"]
+    names, held_out = list(job["files"]), job["held_out"]
     by_file = len(names) >= 4 * world  # few files are dealt out by rows, so that all ranks get some
+    mine = names[rank::world] if by_file else names
+    most = sum(job["frames"][name] for name in mine)
+    widths = corpus.config.dino.dim, corpus.config.clip.dim
+    # In place at once: in pieces all would be there twice. What is not written takes no memory.
+    train = [np.empty((most, width), np.float16) for width in widths]
+    held: list[list[NDArray[np.float16]]] = [[], []]
+    videos: list[str] = []
     rng = np.random.default_rng(config.seed)
-    dino, clip, held, videos = [], [], [], []
-    for name in names[rank::world] if by_file else names:
+    count = seen = 0
+    for name in mine:
         for table in corpus.frames(name, ["video_id", "span_id", "dino", "clip"]):
             chosen = np.isin(table["span_id"].to_numpy(zero_copy_only=False), job["files"][name])
             chosen &= rng.random(len(chosen)) < job["share"]
             table = table.filter(pa.array(chosen))
-            dino.append(vector_matrix(table["dino"]))
-            clip.append(vector_matrix(table["clip"]))
             ids = table["video_id"].to_numpy(zero_copy_only=False)
-            held.append(np.isin(ids, held_out))
-            videos += ids[held[-1]].tolist()
-    x, y, validation = np.concatenate(dino), np.concatenate(clip), np.concatenate(held)
-    train_rows, val_rows = np.flatnonzero(~validation), np.flatnonzero(validation)
-    if not by_file:
-        train_rows = train_rows[rank::world]
-    if not held_out:  # a single video: there is nothing to hold out
-        val_rows = train_rows
-    few = _few(len(val_rows))
-    val_rows = val_rows[few]
+            is_held = np.isin(ids, held_out)
+            videos += ids[is_held].tolist()
+            rows = np.flatnonzero(~is_held)
+            seen += len(rows)
+            if not by_file:
+                rows = rows[np.arange(seen - len(rows), seen) % world == rank]
+            for place, column in enumerate(("dino", "clip")):
+                vectors = vector_matrix(table[column])
+                train[place][count : count + len(rows)] = vectors[rows]
+                held[place].append(vectors[is_held])
+            count += len(rows)
+    x, y = (values[:count] for values in train)
+    # A single video: there is nothing to hold out.
+    x_val, y_val = (np.concatenate(values) for values in held) if held_out else (x, y)
+    few = _few(len(x_val))
     return _Pairs(
-        torch.from_numpy(x[train_rows]).to(device),
-        torch.from_numpy(y[train_rows]).to(device),
-        torch.from_numpy(x[val_rows]).float().to(device),
-        torch.from_numpy(y[val_rows]).float().to(device),
+        torch.from_numpy(x).to(device),
+        torch.from_numpy(y).to(device),
+        torch.from_numpy(x_val[few]).float().to(device),
+        torch.from_numpy(y_val[few]).float().to(device),
         [videos[i] for i in few] if held_out else [],
         by_file,
     )
@@ -337,7 +355,9 @@ def _train_loop(job: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = get_device()
     torch.manual_seed(config.seed)  # the same on all ranks: they start from one model
+    clock = _Clock()
     pairs = _load_pairs(job, config, rank, world, device)
+    clock.note("read")
     count, mean, std = _statistics(pairs.x, world)
     fewest = _across(torch.tensor(float(len(pairs.x)), device=device), "MIN", world)
     if fewest < 1:
@@ -355,14 +375,15 @@ def _train_loop(job: dict[str, Any]) -> None:
         projector.standardise_by(mean.cpu(), std.cpu())
     model = prepare_model(projector)
     optimizer = torch.optim.AdamW(
-        model.parameters(), config.learning_rate, weight_decay=config.weight_decay
+        model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     state = _State(projector, optimizer)
     if start:  # what comes out is better than that, or is not published
         state.note(_validate(projector, pairs, world), -1)
     state.resume(ray.train.get_checkpoint(), device)
+    clock.note("prepare")
     began = saved = time.monotonic()
-    first_epoch = state.epoch
+    first_epoch, curve = state.epoch, []
     while state.epoch < config.max_epochs and state.epoch - state.best_epoch <= config.patience:
         order = torch.randperm(
             len(pairs.x), generator=torch.Generator().manual_seed(state.epoch * 10_007 + rank)
@@ -375,8 +396,10 @@ def _train_loop(job: dict[str, Any]) -> None:
                     done, config.max_epochs * steps_per_epoch
                 )
             rows = order[step * batch : (step + 1) * batch]
+            with torch.autocast(device.type, torch.bfloat16, enabled=_has_bf16(device)):
+                projected = model(pairs.x[rows].float())
             loss = projection_loss(
-                model(pairs.x[rows].float()),
+                projected.float(),
                 pairs.y[rows].float(),
                 config.info_nce_weight,
                 config.temperature,
@@ -385,9 +408,13 @@ def _train_loop(job: dict[str, Any]) -> None:
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
+        loss_mean = float(torch.stack(losses).mean())
+        clock.note("learn")
         metrics = _validate(projector, pairs, world)
+        clock.note("validate")
         state.note(metrics, state.epoch)
-        report = {"epoch": state.epoch, "loss": float(torch.stack(losses).mean()), **metrics}
+        report = {"epoch": state.epoch, "loss": loss_mean, **metrics}
+        curve.append(report | {"at_s": round(time.monotonic() - began, 2)})
         print(json.dumps({"stage": "train", **report}), flush=True)  # seen in a job's log
         # A report with a checkpoint costs seconds, an epoch may take less: the first rank's clock
         # decides, for all ranks must report equally often.
@@ -397,6 +424,7 @@ def _train_loop(job: dict[str, Any]) -> None:
                 checkpoint = state.save(Path(folder)) if rank == 0 else None
                 ray.train.report(report, checkpoint=checkpoint)
             saved = time.monotonic()
+            clock.note("checkpoint")
         state.epoch += 1
     kept = _all_validation(pairs, world)
     if rank == 0:
@@ -417,7 +445,21 @@ def _train_loop(job: dict[str, Any]) -> None:
                 corpus.write(_refusal(job["name"]), json.dumps(refusal).encode())
                 return
             summary |= compared
-        _publish(corpus, projector, config, job["record"], kept, summary)
+        clock.note("prepare")
+        history = {"curve": curve, "took_s": clock.took_s}
+        _publish(corpus, projector, config, job["record"] | history, kept, summary)
+
+
+def _has_bf16(device: Any) -> bool:
+    """Whether the layers are multiplied in bfloat16: on a processor that has it, where it is the better
+    half of the time. Weights, updates, loss and validation are fp32 everywhere, and so is a GPU.
+    """
+    import torch
+
+    if device.type != "cpu":
+        return False
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def _validate(projector: Any, pairs: _Pairs, world: int) -> dict[str, float]:
@@ -514,11 +556,25 @@ def _statistics(
     import torch
 
     count = _across(torch.tensor(float(len(x)), device=x.device), "SUM", world)
-    parts = x.split(65536)  # in pieces: fp64 of everything would be four times the input
+    parts = x.split(8192)  # in pieces: fp64 of everything would be four times the input
     mean = _across(torch.stack([p.double().sum(0) for p in parts]).sum(0), "SUM", world) / count
     squares = torch.stack([(p.double() - mean).square().sum(0) for p in parts]).sum(0)
     square = _across(squares, "SUM", world) / count
     return count, mean.float(), square.sqrt().float()
+
+
+class _Clock:
+    """How many seconds each part of a worker's time took."""
+
+    def __init__(self) -> None:
+        self.took_s: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def note(self, part: str) -> None:
+        """The time since the last note was spent on this part."""
+        now = time.monotonic()
+        self.took_s[part] = round(self.took_s.get(part, 0.0) + now - self._since, 3)
+        self._since = now
 
 
 class _State:
