@@ -94,10 +94,11 @@ def build_index(
     `space` is 'projected' (DINO through the newest projector), 'clip' (CLIP's image vectors) or 'fused':
     `alpha` parts of the projected vector and 1 − `alpha` of CLIP's. Without it `alpha` is that of the
     snapshot in use, or tuned where that has none of the same projector. `rows` is 'moments' or
-    'frames'. Both are by default those of the snapshot in use; where there is none, 'moments', and 'fused'
-    if CLIP saw every frame, else 'projected'. `queries` is a file with a sentence a line, on which recall is measured instead of general
-    ones. Raises `recall.RecallError` when an index with codes cannot reach `min_recall`. `retrain` trains
-    the quantizer and tunes `alpha` anew; `rebuild` makes everything anew, also what is finished, as is
+    'frames'. Both are by default those of the snapshot in use; where there is none, 'moments', and
+    'fused' if CLIP saw every frame, else 'projected'. `queries` is a file with a sentence a line, on
+    which recall is measured instead of general ones. Raises `recall.RecallError` when an index with
+    codes cannot reach `min_recall`. `retrain` trains the quantizer and tunes `alpha` anew; `rebuild`
+    makes everything anew, also what is finished, as is
     needed when a part is damaged. `gpus` are those that may be used (0: none), by default those of the
     nodes for the index. `announce` gets a line about what the build runs on, when it begins.
     """
