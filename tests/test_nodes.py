@@ -272,12 +272,13 @@ def whole(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.soak
-def test_a_node_for_decoding_goes_and_another_comes(
+def test_a_node_for_decoding_comes_and_another_goes(
     nodes: Nodes, archive: Path, whole: Path, tmp_path: Path
 ) -> None:
+    # In this order: until one is there, others decode, and may be done before.
     def replace_decoder() -> None:
-        nodes.remove("decode")
         nodes.add("decode again", "decode")
+        nodes.remove("decode")
 
     ingest_on(archive, tmp_path, report=once_stored(replace_decoder))
     assert nodes.ran()["decode"]["decode again"] > 0
