@@ -83,6 +83,37 @@ class Limits:
     memory_bytes: int = MEMORY_BYTES
 
 
+class _Shared:
+    """A file without a name that both processes see as memory: nothing is left behind, whoever dies."""
+
+    def __init__(self, handle: int | None = None) -> None:
+        """Makes one, or opens that of the other process."""
+        if handle is not None:
+            self.handle = handle
+        elif hasattr(os, "memfd_create"):  # not /dev/shm: in a container it has 64 MiB
+            import fcntl  # not on Windows
+
+            self.handle = os.memfd_create("vsearch", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            # A file that got shorter would end the process that looks into it.
+            fcntl.fcntl(self.handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        else:
+            with tempfile.TemporaryFile(buffering=0) as file:
+                self.handle = os.dup(file.fileno())
+        self._memory = np.empty(0, np.uint8)
+
+    def array(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Its beginning, without a copy."""
+        size = math.prod(shape)
+        if size > len(self._memory):
+            if size > os.fstat(self.handle).st_size:
+                os.ftruncate(self.handle, size)
+            self._memory = np.frombuffer(mmap.mmap(self.handle, size), np.uint8)
+        return self._memory[:size].reshape(shape)
+
+    def close(self) -> None:
+        os.close(self.handle)
+
+
 class Decoder:
     """A child process that probes, decodes and shows. One request at a time: a new one ends a decoding that
     was left half-way. `close` ends the child.
@@ -121,11 +152,7 @@ class Decoder:
         for kind, value in self._ask(("decode", uri, expected, (short_side_px, sampling, run))):
             if kind == "span":
                 span, shape, seconds = value
-                size = int(np.prod(shape))
-                pixels = np.fromfile(self._pixels, np.uint8, size, offset=0) if size else None
-                if pixels is not None:
-                    span.pixels = pixels.reshape(shape)
-                self._pixels.seek(0)
+                span.pixels = self._shared.array(shape).copy()
                 self._send("go on")
                 yield span, seconds
 
@@ -151,7 +178,7 @@ class Decoder:
             self._child.kill()
             self._child.wait()
             self._socket.close()
-            self._pixels.close()
+            self._shared.close()
             assert self._child.stdin is not None
             self._child.stdin.close()
             self._child = None
@@ -159,12 +186,8 @@ class Decoder:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        # Without a name: nothing is left behind, whoever dies.
-        if hasattr(os, "memfd_create"):  # not /dev/shm: in a container it has 64 MiB
-            self._pixels = os.fdopen(os.memfd_create("vsearch"), "r+b", buffering=0)
-        else:
-            self._pixels = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        handles = (theirs.fileno(), self._pixels.fileno())
+        self._shared = _Shared()
+        handles = (theirs.fileno(), self._shared.handle)
         self._child = subprocess.Popen(
             [sys.executable, "-m", "vsearch.decoder", *map(str, handles)],
             stdin=subprocess.PIPE,  # its end tells the child that this process is gone
@@ -296,7 +319,7 @@ class _Server:
 
     def __init__(self, channel: multiprocessing.connection.Connection, pixels: int) -> None:
         self._channel = channel
-        self._pixels, self._memory = pixels, np.empty(0, np.uint8)
+        self._shared = _Shared(pixels)
         self._sending = threading.Lock()
         self._last_beat = 0.0
         self._waiting = False
@@ -354,21 +377,13 @@ class _Server:
         # The header may have been read differently once, by another version: it is read again.
         info, threads = probe(file), 1
         for span in decode(
-            file, info, short_side_px, sampling, run, threads, self.on_frame, self._shared
+            file, info, short_side_px, sampling, run, threads, self.on_frame, self._shared.array
         ):
             seconds = time.process_time() - began
             small = replace(span, pixels=np.zeros((0, 1, 1, 3), np.uint8))
             self.send("span", (small, span.pixels.shape, seconds))
             self._channel.recv()  # the pixels have been taken over
             began = time.process_time()
-
-    def _shared(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """The beginning of the shared file, as memory."""
-        size = math.prod(shape)
-        if size > len(self._memory):
-            os.ftruncate(self._pixels, size)
-            self._memory = np.frombuffer(mmap.mmap(self._pixels, size), np.uint8)
-        return self._memory[:size].reshape(shape)
 
 
 class _Watched:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from vsearch import runtime
@@ -339,7 +340,12 @@ def _embed(
         )
         .map_batches(  # 1 : 1
             _Embedder,
-            fn_constructor_args=(config, None if plan.encoder_gpus else "cpu", limits.batch),
+            fn_constructor_args=(
+                config,
+                None if plan.encoder_gpus else "cpu",
+                limits.batch,
+                plan.encoder_threads,
+            ),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
@@ -393,6 +399,7 @@ _DECODED = pa.schema(
         ("pixels", pa.large_binary()),
     ]
 )
+_PIXELS = _DECODED.get_field_index("pixels")
 _EMBEDDED = pa.schema(
     [
         *[_DECODED.field(name) for name in ("problem", "record", "pts_s", "picture")],
@@ -451,12 +458,18 @@ def _decode_run(batch: pa.Table, config: CorpusConfig) -> Iterator[pa.Table]:
                     "pts_s": pts_s,
                     "picture": span.picture,
                     "shape": list(span.pixels.shape),
-                    "pixels": span.pixels.data,
                 }
-                yield pa.Table.from_pylist([row], schema=_DECODED)
+                table = pa.Table.from_pylist([row], schema=_DECODED)
+                yield table.set_column(_PIXELS, _DECODED.field(_PIXELS), _not_copied(span.pixels))
         except (VideoError, OSError) as error:
             problem = {"problem": f"{task['uri']}: {error}"}
             yield pa.Table.from_pylist([problem], schema=_DECODED)
+
+
+def _not_copied(pixels: NDArray[np.uint8]) -> pa.LargeBinaryArray:
+    """An array of one value, which lies where the pixels lie."""
+    ends = pa.array([0, pixels.nbytes], pa.int64()).buffers()[1]
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(pixels)])
 
 
 def _spans_of(
@@ -504,10 +517,15 @@ def _spans_of(
 class _Embedder:
     """The actor that holds both encoders."""
 
-    def __init__(self, config: CorpusConfig, device: str | None, batch: int | None) -> None:
+    def __init__(
+        self, config: CorpusConfig, device: str | None, batch: int | None, threads: int
+    ) -> None:
         # Imported here: the workers that probe, decode and store do without torch.
+        import torch
+
         from vsearch.encoders import Encoders
 
+        torch.set_num_threads(threads)
         names = EncoderNames(config.dino.model, config.clip.model)
         self._encoders = Encoders(names, device, batch)
         for part in ("dino", "clip"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from fractions import Fraction
+from functools import cache
 from typing import Any, BinaryIO
 
 import av
@@ -21,6 +22,7 @@ import av.error
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
+from av.video.format import VideoFormat
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
@@ -307,6 +309,7 @@ class _SpanBuilder:
         self._sampling = sampling
         self._sampler = FrameSampler(sampling.fps)
         self._span = DecodedSpan(run.first)
+        self._start_s = grid.start_s(run.first)
         self._scaler = Scaler()
         self._empty = empty
         self._signature: NDArray[np.float32] | None = None
@@ -344,7 +347,7 @@ class _SpanBuilder:
 
     def _take(self, item: "Timed") -> Iterator[DecodedSpan]:
         number = self._grid.number_of(item.pts_s)
-        if item.pts_s - max(self._last_s, self._grid.start_s(self._run.first)) > MAX_LEAP_S:
+        if item.pts_s - max(self._last_s, self._start_s) > MAX_LEAP_S:
             self.note(Lost(None, f"a frame out of place, at {float(item.pts_s):g} s"))
             self._lost = True
             return
@@ -477,10 +480,10 @@ def _frames(
         if isinstance(packet, Lost):
             yield packet
             return
-        stamps = [stamp * time_base for stamp in (packet.pts, packet.dts) if stamp is not None]
-        pts_s = stamps[0] if stamps else None
-        for stamp_s in stamps if behind_hole else ():
-            fed.add(stamp_s - JUST_BEFORE_S, _Loss.SILENT)
+        stamps = [stamp for stamp in (packet.pts, packet.dts) if stamp is not None]
+        pts_s = stamps[0] * time_base if stamps else None
+        for stamp in stamps if behind_hole else ():
+            fed.add(stamp * time_base - JUST_BEFORE_S, _Loss.SILENT)
         if packet.size > MAX_EMPTY_BYTES and not packet.is_discard:
             fed.add(pts_s, _Loss.SILENT)
         try:
@@ -577,8 +580,11 @@ class Scaler:
         self._scaling, self._packing, self._tiny = (VideoReformatter() for _ in range(3))
 
     def rgb(self, frame: VideoFrame, width: int, height: int) -> VideoFrame:
-        """The frame in this size, as rgb24."""
-        if _in_planes(frame, width, height):
+        """The frame in this size, as rgb24: by way of planes of red, green and blue. To FFmpeg that is half
+        the work, and no colour is lost: on its short way it drops every other column's. (Where nothing
+        is scaled, its planes have faults at the right edge.)
+        """
+        if (frame.width, frame.height) != (width, height) and _is_coloured(frame.format.name):
             frame = self._converted(self._scaling, frame, width, height, "gbrp")
         return self._converted(self._packing, frame, width, height, "rgb24")
 
@@ -606,13 +612,11 @@ class Scaler:
         return (True, c < 0, b < 0) if turned else (False, a < 0, d < 0)
 
 
-def _in_planes(frame: VideoFrame, width: int, height: int) -> bool:
-    """Whether a frame is scaled to planes of red, green and blue, which are packed then. To FFmpeg that is
-    half the work, and no colour is lost: on its short way it drops every other column's. (Where nothing is
-    scaled, its planes have faults at the right edge.)
-    """
-    coloured = not frame.format.is_rgb and len(frame.format.components) >= 3
-    return coloured and (frame.width, frame.height) != (width, height)
+@cache
+def _is_coloured(format_name: str) -> bool:
+    """Whether a format has brightness and colour apart."""
+    kind = VideoFormat(format_name)
+    return not kind.is_rgb and len(kind.components) >= 3
 
 
 def to_rgb(
