@@ -112,7 +112,7 @@ def _moments(
         limit = row + 1 + int(np.argmax(holes[row:]))
         while stop < limit:
             part = whole[stop : min(limit, stop + piece)]
-            same = _run(part @ whole[row] >= alike)
+            same = _until(~(part @ whole[row] >= alike))
             stop += same
             if same < len(part):
                 break
@@ -189,33 +189,35 @@ def grow(
     for side, (bound, step) in enumerate([(lowest - 1, -1), (highest, 1)]):
         row = peak + step
         while row != bound:
-            rows = np.arange(row, bound, step)[:piece]
-            values = scores(int(rows.min()), int(rows.max()) + 1)[::step]
-            free = _run(~taken[rows])
-            strong = np.flatnonzero(values[:free] >= threshold)
+            length = min(piece, abs(bound - row))
+            end = row + (length - 1) * step
+            low, stop = min(row, end), max(row, end) + 1
+            values = scores(low, stop)[::step]
+            free = _until(taken[low:stop][::step])
+            strong = row + step * np.flatnonzero(values[:free] >= threshold)
             # Seconds between each strong row and the strong row before it, as seen from the peak.
-            chain = np.concatenate([[edges[side]], rows[strong]])
+            chain = np.append(edges[side], strong)
             later, sooner = (chain[1:], chain[:-1]) if step > 0 else (chain[:-1], chain[1:])
-            joined = strong[: _run(start_s[later] - end_s[sooner] <= max_gap_s)]
+            joined = strong[: _until(start_s[later] - end_s[sooner] > max_gap_s)]
             if len(joined):
-                edges[side] = int(rows[joined[-1]])
-                rows_taken.append(rows[joined])
-                values_taken.append(values[joined])
-            end, edge = int(rows[-1]), edges[side]
+                edges[side] = int(joined[-1])
+                rows_taken.append(joined)
+                values_taken.append(values[abs(joined - row)])
+            edge = edges[side]
             away_s = start_s[end] - end_s[edge] if step > 0 else start_s[edge] - end_s[end]
-            if len(joined) < len(strong) or free < len(rows) or away_s > max_gap_s:
+            if len(joined) < len(strong) or free < length or away_s > max_gap_s:
                 break
-            row += len(rows) * step
+            row = end + step
     strong_rows = np.concatenate(rows_taken)
     lasting_s = np.maximum(end_s[strong_rows] - start_s[strong_rows], 1e-6)
     mean = float(np.concatenate(values_taken).astype(np.float64) @ lasting_s / lasting_s.sum())
     return Stretch(edges[0], edges[1], peak, min(mean, top))
 
 
-def _run(good: NDArray[np.bool_]) -> int:
-    """How many of the first are good, without a break."""
-    bad = np.flatnonzero(~good)
-    return int(bad[0]) if len(bad) else len(good)
+def _until(bad: NDArray[np.bool_]) -> int:
+    """How many come before the first that is bad."""
+    first = int(bad.argmax()) if len(bad) else 0
+    return first if len(bad) and bad[first] else len(bad)
 
 
 def clock(seconds: float) -> str:

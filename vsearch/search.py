@@ -6,11 +6,13 @@
 
 import math
 import time
+from bisect import insort
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from vsearch.pictures import PictureEncoder
 
 FIRST_HITS = 200
+SHOT_ROWS = 1024
+"""The scores of a shot of at most so many rows are computed at once."""
 SAMPLED_ROWS = 4096
 """So many rows tell how far the scores of a query spread."""
 
@@ -461,36 +465,46 @@ class Engine:
         windows = (where or Filter()).windows(self.videos)
         allowed = self._allowed(windows) if where else self._live
         rows_left = sum(int(np.count_nonzero(mask)) for mask in allowed)
-        taken = [~mask for mask in allowed]
+        taken = np.zeros(self.index.rows, bool)
+        starts = np.cumsum([0, *(len(mask) for mask in allowed)])
+        places = [taken[a:b] for a, b in pairwise(starts)]
+        for mine, mask in zip(places, allowed, strict=True):
+            np.logical_not(mask, out=mine)
+        shots = [_ShotScores(shard, vector) for shard in self.index.shards]
         masks = None if where is None and self._all_live else allowed
         least = -math.inf if min_score is None else min_score
-        found: list[Segment] = []
-        strong: list[float] = []
+        found: list[tuple[float, int, Stretch]] = []
+        weak: list[float] = []  # the negated scores of the best `wanted`, ascending
         wanted = limit + 1  # one more tells whether there are more
         hits = FIRST_HITS
         over = False
         while rows_left and not over:
             scores, parts, rows = self.index.search(vector, hits, masks, took_s)
-            place = 0
-            while (place := _next_free(taken, parts, rows, place)) < len(rows):
+            hit, hit_rows = 0, starts[parts] + rows
+            while (hit := _next_free(taken, hit_rows, hit)) < len(rows):
                 # A segment's score is a mean, so no more than its peak: weaker peaks cannot matter.
-                over = scores[place] < least
-                if over or (len(strong) == wanted and scores[place] <= strong[-1]):
+                over = scores[hit] < least
+                if over or (len(weak) == wanted and scores[hit] <= -weak[-1]):
                     break
-                part, row = int(parts[place]), int(rows[place])
-                stretch = self._grow(vector, part, row, background, max_gap_s, taken[part])
-                found.append(self._segment(self._timelines[part], stretch, windows))
-                strong = sorted((segment.score for segment in found), reverse=True)[:wanted]
+                part, row = int(parts[hit]), int(rows[hit])
+                stretch = self._grow(shots[part], part, row, background, max_gap_s, places[part])
+                score = round(stretch.score, 6)
+                found.append((score, part, stretch))
+                insort(weak, -score)
+                del weak[wanted:]
             # Many hits may lie in few segments, and a segment may score less than a hit that was not
             # fetched: ask for more until neither matters, or there are no more.
-            enough = len(strong) == wanted and (not len(scores) or scores[-1] <= strong[-1])
+            enough = len(weak) == wanted and (not len(scores) or scores[-1] <= -weak[-1])
             if enough or hits >= rows_left:
                 break
             hits *= 4
-        best = sorted(found, key=lambda segment: -segment.score)
-        best = [segment for segment in best if segment.score >= least]
+        best = sorted((one for one in found if one[0] >= least), key=lambda one: -one[0])
+        segments = tuple(
+            self._segment(self._timelines[part], stretch, windows)
+            for _, part, stretch in best[:limit]
+        )
         took_s["group"] = time.perf_counter() - began - sum(took_s.values())
-        return Found(tuple(best[:limit]), len(best) > limit, took_s)
+        return Found(segments, len(best) > limit, took_s)
 
     def _allowed(self, windows: tuple[Seconds, Seconds]) -> list[NDArray[np.bool_]]:
         """For each shard, the rows (n,) that count and overlap the window of their video."""
@@ -502,7 +516,7 @@ class Engine:
 
     def _grow(
         self,
-        vector: NDArray[np.float32],
+        shots: "_ShotScores",
         part: int,
         row: int,
         background: float,
@@ -517,7 +531,7 @@ class Engine:
             row,
             int(lowest),
             int(highest),
-            partial(self.index.shards[part].scores, vector),
+            shots.within(int(lowest), int(highest)),
             timeline.start_s,
             timeline.end_s,
             background,
@@ -593,6 +607,25 @@ class Engine:
         return shard, _Rows(video, shots, numbers, start_s, end_s, best_s, frames)
 
 
+class _ShotScores:
+    """Exact scores of one query. Those of a shot are computed once, however many segments begin in it;
+    where it is longer than `SHOT_ROWS`, those that are asked for.
+    """
+
+    def __init__(self, shard: Shard, vector: NDArray[np.float32]) -> None:
+        self._scores = partial(shard.scores, vector)
+        self._known: dict[int, NDArray[np.float32]] = {}
+
+    def within(self, lowest: int, highest: int) -> Callable[[int, int], NDArray[np.float32]]:
+        """What gives the scores of rows i … j − 1 of the shot with rows lowest … highest − 1."""
+        if highest - lowest > SHOT_ROWS:
+            return self._scores
+        if lowest not in self._known:
+            self._known[lowest] = self._scores(lowest, highest)
+        known = self._known[lowest]
+        return lambda first, stop: known[first - lowest : stop - lowest]
+
+
 def _shots(video: NDArray[np.int32], rows: pa.Table) -> NDArray[np.int64]:
     """The shot of each row, counted over all videos; a video is one shot where that is not known."""
     begins = np.diff(video, prepend=video[:1]) != 0
@@ -603,21 +636,12 @@ def _shots(video: NDArray[np.int32], rows: pa.Table) -> NDArray[np.int64]:
 
 
 def _next_free(
-    taken: list[NDArray[np.bool_]],
-    parts: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    place: int,
-    piece: int = 128,
+    taken: NDArray[np.bool_], rows: NDArray[np.int64], place: int, piece: int = 128
 ) -> int:
     """The first place at or after `place` whose row no segment has taken, len(rows) if there is none."""
     while place < len(rows):
-        stop = place + piece
-        used = np.empty(len(rows[place:stop]), bool)
-        for part, mask in enumerate(taken):
-            mine = parts[place:stop] == part
-            used[mine] = mask[rows[place:stop][mine]]
-        free = np.flatnonzero(~used)
-        if len(free):
-            return place + int(free[0])
-        place = stop
+        free = ~taken[rows[place : place + piece]]
+        if free.any():
+            return place + int(free.argmax())
+        place += piece
     return len(rows)
