@@ -104,10 +104,10 @@ GPU = Size(
     matrix=8192,
 )
 CPU = Size(
-    (Way(torch.float32, None, (16,)), Way(torch.bfloat16, None, (16, 4))),
+    (Way(torch.float32, None, (8,)), Way(torch.bfloat16, None, (8, 2))),
     spans=1,
-    span_frames=16,
-    cosine_frames=4,
+    span_frames=8,
+    cosine_frames=2,
     matrix=3072,
 )
 
