@@ -58,6 +58,7 @@ CLIP_NOISE, DINO_NOISE = 0.05, 0.1
 have one of about 0.3."""
 
 CLOSE = 0.01
+ONLY_IN_JSON = ("curve", "most_epochs", "train_pairs", "peak_all_mb", "gflop_an_epoch", "limit_s")
 CONSOLE = Console(width=200)
 Figures = dict[str, Any]
 
@@ -391,7 +392,7 @@ def growth(rows: list[Figures]) -> list[Figures]:
 def show(title: str, rows: list[Figures]) -> None:
     if not rows:
         return
-    names = [name for name in rows[0] if name != "curve"]
+    names = [name for name in rows[0] if name not in ONLY_IN_JSON]
     table = Table(*(name.replace("_", " ") for name in names), title=title)
     for row in rows:
         table.add_row(*(shown(row.get(name, "")) for name in names))
