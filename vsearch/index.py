@@ -131,11 +131,18 @@ def exact_search(
 
 def best_of(scores: Vectors, rows: Rows, k: int) -> tuple[Vectors, Rows]:
     """The k best of (scores, rows), best first; of equals the first."""
-    if len(scores) > k:
-        kept = scores >= np.partition(scores, -k)[-k]
-        scores, rows = scores[kept], rows[kept]
-    order = np.argsort(-scores, kind="stable")[:k]
+    order = best_order(scores, k)
     return scores[order], rows[order]
+
+
+def best_order(scores: Vectors, k: int) -> Rows:
+    """The places of the k best scores, best first; of equals the first. Few of many are not sorted with
+    the others.
+    """
+    if len(scores) <= k:
+        return np.argsort(-scores, kind="stable")
+    kept = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+    return kept[np.argsort(-scores[kept], kind="stable")[:k]]
 
 
 @contextmanager
@@ -305,7 +312,7 @@ class Index:
         scores = np.concatenate([s for s, _, _ in found])
         shards = np.repeat([n for _, n, _ in found], [len(s) for s, _, _ in found])
         rows = np.concatenate([r for _, _, r in found])
-        order = np.argsort(-scores, kind="stable")[:k]
+        order = best_order(scores, k)
         took_s["search"] += time.perf_counter() - began - (took_s["rerank"] - reranked_s)
         return scores[order], shards[order], rows[order]
 

@@ -196,7 +196,8 @@ def grow(
             free = _until(taken[low:stop][::step])
             strong = row + step * np.flatnonzero(values[:free] >= threshold)
             # Seconds between each strong row and the strong row before it, as seen from the peak.
-            chain = np.append(edges[side], strong)
+            chain = np.empty(len(strong) + 1, np.int64)
+            chain[0], chain[1:] = edges[side], strong
             later, sooner = (chain[1:], chain[:-1]) if step > 0 else (chain[:-1], chain[1:])
             joined = strong[: _until(start_s[later] - end_s[sooner] > max_gap_s)]
             if len(joined):
