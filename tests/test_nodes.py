@@ -272,17 +272,22 @@ def whole(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.soak
-def test_a_node_for_decoding_comes_and_another_goes(
-    nodes: Nodes, archive: Path, whole: Path, tmp_path: Path
-) -> None:
-    # In this order: until one is there, others decode, and may be done before.
-    def replace_decoder() -> None:
-        nodes.add("decode again", "decode")
-        nodes.remove("decode")
+def test_a_node_for_decoding_goes_and_another_comes(nodes: Nodes, tmp_path: Path) -> None:
+    # Half a minute of decoding, and few frames to embed: most is still to be decoded when some are stored.
+    for number in range(12):
+        make_video(tmp_path / "videos" / f"{number}.mp4", number, seconds=100, fps=50)
 
-    ingest_on(archive, tmp_path, report=once_stored(replace_decoder))
+    def replace_decoder() -> None:
+        nodes.remove("decode")
+        nodes.add("decode again", "decode")
+
+    url = tmp_path / "corpus"
+    report = once_stored(replace_decoder)
+    ingest_on(tmp_path / "videos", url, fps=0.5, report=report)
     assert nodes.ran()["decode"]["decode again"] > 0
-    assert_same_corpus(tmp_path, whole)
+    assert set(statuses(str(url)).values()) == {"indexed"}
+    rows = stored_rows(str(url))
+    assert len(rows) == len(set(rows)) == 12 * 50
 
 
 @pytest.mark.soak
