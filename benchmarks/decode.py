@@ -39,12 +39,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import fsspec
 import numpy as np
-import torch
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from calibrate import encoded, pictures, repeated
@@ -54,10 +53,12 @@ from rich.table import Table
 
 from vsearch.config import PRESETS, Sampling
 from vsearch.decoder import Decoder
-from vsearch.encoders import Encoders
 from vsearch.sampling import SpanRun
 from vsearch.storage import RangeReader, filesystem, mark_of
 from vsearch.video import Scaler, VideoInfo, decode, probe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTS = ("rates", "sizes", "threads", "scalers", "ranges", "yuv", "lengths")
 REAL = (
@@ -316,6 +317,8 @@ class Nearness:
     """How near pictures, and their embeddings by the demo's models, are to those of the exact ones."""
 
     def __init__(self, clips: list[Clip]) -> None:
+        from vsearch.encoders import Encoders
+
         self._encoders = Encoders(PRESETS["demo"], "cpu")
         self._frames = [sample(clip) for clip in clips]
         self._truth = self._of(exact)
@@ -418,7 +421,9 @@ def to_yuv(frame: VideoFrame, width: int, height: int, kept: VideoReformatter) -
     )
 
 
-def planes_of(frame: VideoFrame) -> list[torch.Tensor]:
+def planes_of(frame: VideoFrame) -> "list[Tensor]":
+    import torch
+
     found = []
     for plane in frame.planes:
         rows = np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[:, : plane.width]
@@ -426,16 +431,20 @@ def planes_of(frame: VideoFrame) -> list[torch.Tensor]:
     return found
 
 
-def rgb_of(planes: list[torch.Tensor], matrix: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+def rgb_of(planes: "list[Tensor]", matrix: "Tensor", offset: "Tensor") -> "Tensor":
     """uint8 RGB (n, 3, h, w) of Y (n, h, w), U and V (n, h/2, w/2), as a device would do it."""
+    import torch
+
     luma, *chroma = (plane.float()[:, None] for plane in planes)
     wide = torch.nn.functional.interpolate(torch.cat(chroma, 1), scale_factor=2, mode="bilinear")
     yuv = torch.cat([luma, wide], 1) - offset
     return torch.einsum("ij,njhw->nihw", matrix, yuv).round_().clamp_(0, 255).byte()
 
 
-def colours(frame: VideoFrame) -> tuple[torch.Tensor, torch.Tensor]:
+def colours(frame: VideoFrame) -> "tuple[Tensor, Tensor]":
     """The matrix of a frame's colour space and range, and what is taken off before."""
+    import torch
+
     red, blue = (0.2126, 0.0722) if frame.colorspace == 1 else (0.299, 0.114)
     green, full = 1 - red - blue, frame.color_range == 2
     light, colour = (1.0, 1.0) if full else (255 / 219, 255 / 224)
@@ -454,6 +463,8 @@ def by_yuv(frame: VideoFrame, width: int, height: int) -> Pixels:
 
 
 def yuv(clips: list[Clip], rounds: int) -> list[Row]:
+    import torch
+
     torch.set_num_threads(1)
     near = Nearness(clips)
     told = {"rgb": near.of(ours), "yuv": near.of(by_yuv)}

@@ -16,7 +16,7 @@ part, read from /proc four times a second: on a machine that others use too, onl
 The limit: where decoding and embedding share the cores, 1 / (1/d + 1/e), by the clock; where the
 embedding has a GPU of its own, min(d, e), and d follows from the cores: not measured yet.
 
-    python benchmarks/ingest.py --folder DIR --json out.json          # about 10 minutes on 2 cores
+    python benchmarks/ingest.py --folder DIR --json out.json
     python benchmarks/ingest.py --folder DIR --clips CLIPS            # and of real clips
 """
 
@@ -325,6 +325,16 @@ def measured(piece: str, paths: list[Path], cores: int, folder: Path) -> Row:
     return whole(paths, cores, folder) if piece == "whole" else peer(paths, cores, folder)
 
 
+def archives_of(options: argparse.Namespace) -> dict[str, list[Path]]:
+    world = options.folder / "world"
+    if len(list(world.glob("*.mp4"))) < max(options.videos, default=0):
+        make_world(world, SEED, max(options.videos))
+    found = {f"{count} videos": sorted(world.glob("*.mp4"))[:count] for count in options.videos}
+    if options.clips:
+        found["real clips"] = [options.clips / name for name in WHOLE_CLIPS]
+    return found
+
+
 def alone(piece: str, paths: list[Path], cores: int, folder: Path) -> Row:
     """A piece in a process of its own."""
     command = [sys.executable, __file__, "--piece", piece, "--cores", str(cores)]
@@ -369,33 +379,32 @@ def main() -> None:
     parser.add_argument("--videos", type=int, nargs="*", default=VIDEOS)
     parser.add_argument("--clips", type=Path, help="a folder of real clips, as one more archive")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, help="figures go here")
+    parser.add_argument("--json", type=Path, help="figures go here; those of other pieces are kept")
+    parser.add_argument("--pieces", nargs="*", choices=PIECES, default=PIECES)
     parser.add_argument("--piece", choices=PIECES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.piece:
         paths = [Path(line) for line in sys.stdin.read().splitlines()]
         print(json.dumps(measured(options.piece, paths, options.cores, options.folder)))
         return
-    world = options.folder / "world"
-    if len(list(world.glob("*.mp4"))) < max(options.videos, default=0):
-        make_world(world, SEED, max(options.videos))
-    archives = {f"{count} videos": sorted(world.glob("*.mp4"))[:count] for count in options.videos}
-    if options.clips:
-        archives["real clips"] = [options.clips / name for name in WHOLE_CLIPS]
-    figures: dict[str, Any] = {}
-    rows = []
-    for name, paths in archives.items():
-        pieces = {p: alone(p, paths, options.cores, options.folder) for p in PIECES}
-        rows.append(table_row(name, options.cores, pieces))
-        CONSOLE.print(rows[-1], pieces["whole"]["all"]["where"])
-        figures[name] = pieces | {"row": rows[-1]}
-        if options.json:
-            options.json.write_text(json.dumps(figures, indent=1))
+    figures: dict[str, dict[str, Row]] = {}
+    if options.json and options.json.exists():
+        figures = json.loads(options.json.read_text())
+    for name, paths in archives_of(options).items():
+        pieces = figures.setdefault(name, {})
+        for piece in options.pieces:
+            pieces[piece] = alone(piece, paths, options.cores, options.folder)
+            CONSOLE.print(name, piece, pieces[piece])
+            if options.json:
+                options.json.write_text(json.dumps(figures, indent=1))
+    whole = {name: pieces for name, pieces in figures.items() if {*PIECES[:2]} <= {*pieces}}
+    rows = [table_row(name, options.cores, pieces) for name, pieces in whole.items()]
     show("the whole ingest", rows)
-    sizes = rows[: len(options.videos)]
-    if len(sizes) > 1:
-        for what in ("ingest, CPU s", "peer, CPU s"):
-            grown = exponent([row["frames"] for row in sizes], [row[what] for row in sizes])
+    sizes = [row for row in rows if row["archive"].endswith("videos")]
+    for what in ("ingest, CPU s", "peer, CPU s"):
+        known = [row for row in sizes if what in row]
+        if len(known) > 1:
+            grown = exponent([row["frames"] for row in known], [row[what] for row in known])
             CONSOLE.print(f"{what}: grows with the frames to the power of {grown}")
 
 

@@ -111,6 +111,7 @@ class _Shared:
         return self._memory[:size].reshape(shape)
 
     def close(self) -> None:
+        self._memory = self._memory[:0].copy()  # a mapping holds the file too
         os.close(self.handle)
 
 
