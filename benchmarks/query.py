@@ -64,9 +64,10 @@ SHOT_DIM = 64
 """In place of DINO's vectors stand random ones, another for each shot: cuts are found by them."""
 FILE_VIDEOS = 150
 FITTED_ON = 1200
-CLIENTS = {1: 300, 8: 1200, 32: 1600}
+CLIENTS = {1: 200, 8: 400, 32: 640}
 """How many queries so many clients ask in all."""
 KNOWN = 50
+INSIDE = 100
 LIMIT = 12
 PERCENTS = (50, 95, 99)
 STEPS = ("encode", "search", "rerank", "group")
@@ -369,8 +370,8 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 def growth(figures: dict[str, Figures]) -> Figures:
     """The exponents of the medians."""
-    sizes = [int(rows) for rows in figures]
-    found = list(figures.values())
+    sizes = sorted(map(int, figures))
+    found = [figures[str(size)] for size in sizes]
     if len(sizes) < 2:
         return {}
     steps = {
@@ -388,7 +389,7 @@ def show(figures: dict[str, Figures], limits: list[Figures]) -> None:
         CONSOLE.print(one)
     table = Table("rows", "sentences", "clients", *(f"p{q} ms" for q in PERCENTS), "per s",
                   *STEPS, "beyond", "refused", title="over HTTP (steps: p50 ms)")  # fmt: skip
-    for rows, found in figures.items():
+    for rows, found in sorted(figures.items(), key=lambda one: int(one[0])):
         for one in found["http"]:
             values = [one["ms"][f"p{q}"] for q in PERCENTS]
             steps = [one["steps"][name]["p50"] for name in (*STEPS, "beyond")]
@@ -397,7 +398,7 @@ def show(figures: dict[str, Figures], limits: list[Figures]) -> None:
     CONSOLE.print(table)
     names = (*STEPS, "engine", "service", "application")
     table = Table("rows", *names, title="inside, p50 ms")
-    for rows, found in figures.items():
+    for rows, found in sorted(figures.items(), key=lambda one: int(one[0])):
         table.add_row(f"{int(rows):,}", *(f"{found['inside'][name]['p50']:g}" for name in names))
     CONSOLE.print(table)
     CONSOLE.print({"exponents": growth(figures)})
@@ -409,30 +410,31 @@ def main() -> None:
     parser.add_argument("--haproxy", action="store_true", help="in place of Serve's Python proxy")
     parser.add_argument("--folder", type=Path, help="keeps what is made, for the next time")
     parser.add_argument("--only-make", action="store_true", help="makes the corpora, asks nothing")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="figures go here; those of others are kept")
     arguments = parser.parse_args()
     if arguments.haproxy:
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"  # before Ray starts: its workers inherit it
-    figures: dict[str, Figures] = {}
+    proxy = "HAProxy" if arguments.haproxy else "Serve's proxy"
+    figures: Figures = {}
+    if arguments.json and arguments.json.exists():
+        figures = json.loads(arguments.json.read_text())
+    (asked,) = _portions([INSIDE])
+    if not arguments.only_make:
+        threads = sorted({1, os.cpu_count() or 1})
+        figures["limits"] = [alone(limit, asked, count) for count in threads]
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        (asked,) = _portions([CLIENTS[1]])
         for rows in arguments.rows:
             url = alone(make, folder, rows)
             if arguments.only_make:
                 continue
-            figures[str(rows)] = {
-                "inside": alone(inside, url, asked),
-                "http": alone(over_http, url),
-            }
-    if arguments.only_make:
-        return
-    limits = [alone(limit, asked, threads) for threads in sorted({1, os.cpu_count() or 1})]
-    show(figures, limits)
-    if arguments.json:
-        about = {"haproxy": arguments.haproxy, "limits": limits, "exponents": growth(figures)}
-        arguments.json.write_text(json.dumps(about | {"rows": figures}, indent=1) + "\n")
+            found = {"inside": alone(inside, url, asked), "http": alone(over_http, url)}
+            mine = figures.setdefault(proxy, {})
+            mine[str(rows)] = found
+            show(mine, figures["limits"])
+            if arguments.json:
+                arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
