@@ -333,7 +333,8 @@ def request(work: Work, folder: Path, **more: Any) -> Path:
         "rows": work.rows,
         "dim": work.dim,
         "folder": str(folder),
-        "nlist": cells_for(work.rows) // 4,  # it asks for 256 rows a cell
+        "cells": cells_for(work.rows),
+        "nlist": cells_for(work.rows) // 4,  # LanceDB asks for 256 rows a cell
         "min_recall": recall.MIN_RECALL,
         **more,
     } | {name: str(work.folder / f"{name}.npy") for name in names}

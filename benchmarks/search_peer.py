@@ -53,7 +53,7 @@ def open_milvus(work: dict) -> tuple[Callable, tuple[int, ...], str]:
         client.insert("rows", rows)
     client.flush("rows")
     index = client.prepare_index_params()
-    params = {"nlist": work["nlist"]}
+    params = {"nlist": work["cells"]}
     index.add_index("vector", index_type="IVF_FLAT", metric_type="IP", params=params)
     client.create_index("rows", index)
     client.load_collection("rows")
@@ -63,7 +63,7 @@ def open_milvus(work: dict) -> tuple[Callable, tuple[int, ...], str]:
         found = client.search("rows", data=[query], limit=DEPTH, search_params=asked)
         return np.array([hit["id"] for hit in found[0]])
 
-    told = f"milvus-lite {version('milvus-lite')}, IVF_FLAT, nlist {work['nlist']}"
+    told = f"milvus-lite {version('milvus-lite')}, IVF_FLAT, nlist {work['cells']}"
     return search, NPROBES, told
 
 
