@@ -1,8 +1,9 @@
 """The whole ingest next to its stages alone, and next to the method of others.
 
-Method: videos of the demo's world, its two models on cores, three sizes of archive; each run is a process
-of its own, which starts Ray. Seconds by the clock, and processor seconds of all processes that took
-part, read from /proc four times a second: on a machine that others use too, only the latter hold.
+Method: videos of the demo's world, its two models on cores, three sizes of archive; each piece is a process
+of its own, which takes one archive after the other. Seconds by the clock, and processor seconds of all
+processes that took part, read from /proc four times a second: on a machine that others use too, only the
+latter hold.
 
     stages   decoding alone: a decoder a core, pixels thrown away; embedding alone: the same pixels from
              memory, as many threads as cores. Rates d and e, each with all cores
@@ -51,7 +52,7 @@ from vsearch.storage import filesystem, mark_of
 from vsearch.video import decode, probe
 
 SEED = 301
-VIDEOS = (4, 16, 64)
+VIDEOS = (2, 8, 32)
 WHOLE_CLIPS = (
     "intel__bottle-detection.mp4",
     "intel__car-detection.mp4",
@@ -72,9 +73,12 @@ HELD_FRAMES = 4000
 """So many are embedded, again and again, when embedding is measured alone."""
 CHUNK_FILES, PEER_BATCH = 200, 256
 LOOK_S = 0.25
+FOUND = "found: "
 
 CONSOLE = Console(width=160, stderr=True)
 Row = dict[str, Any]
+Archives = dict[str, list[Path]]
+Found = Iterator[tuple[str, Row]]
 Pixels = NDArray[np.uint8]
 
 
@@ -193,15 +197,17 @@ def embedding(paths: list[Path], cores: int, frames: int) -> Row:
     }
 
 
-def stages(paths: list[Path], cores: int) -> Row:
-    decoded = decoding(paths, cores)
-    return {"decode": decoded, "embed": embedding(paths, cores, decoded["frames"])}
+def stages(archives: Archives, cores: int, folder: Path) -> Found:
+    for name, paths in archives.items():
+        decoded = decoding(paths, cores)
+        embedded = embedding(paths, cores, decoded["frames"])
+        yield name, {"decode": decoded, "embed": embedded}
 
 
 # ── the whole ────────────────────────────────────────────────────────────────────────────────────
 
 
-def whole(paths: list[Path], cores: int, folder: Path) -> Row:
+def whole(archives: Archives, cores: int, folder: Path) -> Found:
     watch, began = Watch(), time.perf_counter()
     import ray
 
@@ -210,6 +216,9 @@ def whole(paths: list[Path], cores: int, folder: Path) -> Row:
 
     imported = time.perf_counter()
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # By default Ray's workers give way to everything else on the machine: as it is measured here, the
+    # stages alone do not.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         num_cpus=cores,
         address="local",
@@ -220,28 +229,26 @@ def whole(paths: list[Path], cores: int, folder: Path) -> Row:
     runtime.connect()
     started = time.perf_counter()
     before = watch.by_role()
-    row: Row = {
+    starts = {
         "imports_s": imported - began,
         "ray_s": started - imported,
-        "start_cpu_s": before.total(),
+        "cpu_s": watch.by_role().total(),
     }
-    for name, videos in (("first", [str(short_of(folder, paths[0]))]), ("all", map(str, paths))):
-        url = folder / "corpus"
+    yield "starts", starts
+    url = folder / "corpus"
+    first = next(iter(archives.values()))[0]
+    for name, paths in ({"one video": [short_of(folder, first)]} | archives).items():
         shutil.rmtree(url, ignore_errors=True)
         before, began = watch.by_role(), time.perf_counter()
-        done = ingest(str(url), list(videos), PRESETS["demo"])
+        done = ingest(str(url), list(map(str, paths)), PRESETS["demo"])
         wall_s = time.perf_counter() - began
         used = watch.by_role()
         used.subtract(before)
-        row[name] = {
-            "frames": done.frames,
-            "wall_s": wall_s,
-            "cpu_s": used.total(),
-            "where": {role: round(s, 2) for role, s in used.most_common() if s >= 0.05},
-        }
+        where = {role: round(s, 2) for role, s in used.most_common() if s >= 0.05}
+        found = {"frames": done.frames, "wall_s": wall_s, "cpu_s": used.total()}
+        yield name, found | {"where": where}
     ray.shutdown()
-    shutil.rmtree(folder / "corpus", ignore_errors=True)
-    return row
+    shutil.rmtree(url, ignore_errors=True)
 
 
 def short_of(folder: Path, path: Path) -> Path:
@@ -271,7 +278,7 @@ def whole_file(path: str) -> tuple[str, tuple[int, ...]]:
     return shared.name, pixels.shape
 
 
-def peer(paths: list[Path], cores: int, folder: Path) -> Row:
+def peer(archives: Archives, cores: int, folder: Path) -> Found:
     import torch
 
     from vsearch.encoders import Encoders
@@ -280,35 +287,41 @@ def peer(paths: list[Path], cores: int, folder: Path) -> Row:
     torch.set_num_threads(cores)
     encoders = Encoders(PRESETS["demo"], "cpu", PEER_BATCH)
     target = folder / "peer"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
     with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
-        list(pool.map(whole_file_size, [str(paths[0])] * cores))
-        before, began, frames = watch.by_role(), time.perf_counter(), 0
-        for start in range(0, len(paths), CHUNK_FILES):
-            names, held = [], []
-            chunk = paths[start : start + CHUNK_FILES]
-            for name, shape in pool.map(whole_file, map(str, chunk)):
-                shared = SharedMemory(name)
-                size = int(np.prod(shape))
-                held.append(np.frombuffer(shared.buf, np.uint8, size).reshape(shape).copy())
-                names.append(name)
-                shared.close()
-                shared.unlink()
-            block = np.concatenate(held)
-            dino, clip = encoders.embed(block)
-            assert clip is not None
-            ends = np.cumsum([len(pixels) for pixels in held])
-            for path, end, pixels in zip(chunk, ends, held, strict=True):
-                part = slice(end - len(pixels), end)
-                np.save(target / f"{path.stem}-dino.npy", dino[part])
-                np.save(target / f"{path.stem}-clip.npy", clip[part])
-            frames += len(block)
-        wall_s, used = time.perf_counter() - began, watch.by_role()
-    used.subtract(before)
+        list(pool.map(whole_file_size, [str(paths[0]) for paths in archives.values()] * cores))
+        for name, paths in archives.items():
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+            before, began = watch.by_role(), time.perf_counter()
+            frames = sum(
+                chunk_of(paths[start : start + CHUNK_FILES], pool, encoders, target)
+                for start in range(0, len(paths), CHUNK_FILES)
+            )
+            wall_s, used = time.perf_counter() - began, watch.by_role()
+            used.subtract(before)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+            found = {"frames": frames, "wall_s": wall_s, "cpu_s": used.total()}
+            yield name, found | {"peak_bytes": peak}
     shutil.rmtree(target)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return {"frames": frames, "wall_s": wall_s, "cpu_s": used.total(), "peak_bytes": peak}
+
+
+def chunk_of(paths: list[Path], pool: ProcessPoolExecutor, encoders: Any, target: Path) -> int:
+    held: list[Pixels] = []
+    for name, shape in pool.map(whole_file, map(str, paths)):
+        shared = SharedMemory(name)
+        size = int(np.prod(shape))
+        held.append(np.frombuffer(shared.buf, np.uint8, size).reshape(shape).copy())
+        shared.close()
+        shared.unlink()
+    block = np.concatenate(held)
+    dino, clip = encoders.embed(block)
+    start = 0
+    for path, pixels in zip(paths, held, strict=True):
+        part = slice(start, start + len(pixels))
+        np.save(target / f"{path.stem}-dino.npy", dino[part])
+        np.save(target / f"{path.stem}-clip.npy", clip[part])
+        start = part.stop
+    return len(block)
 
 
 def whole_file_size(path: str) -> int:
@@ -319,13 +332,7 @@ def whole_file_size(path: str) -> int:
 # ── all of it ────────────────────────────────────────────────────────────────────────────────────
 
 
-def measured(piece: str, paths: list[Path], cores: int, folder: Path) -> Row:
-    if piece == "stages":
-        return stages(paths, cores)
-    return whole(paths, cores, folder) if piece == "whole" else peer(paths, cores, folder)
-
-
-def archives_of(options: argparse.Namespace) -> dict[str, list[Path]]:
+def archives_of(options: argparse.Namespace) -> Archives:
     world = options.folder / "world"
     if len(list(world.glob("*.mp4"))) < max(options.videos, default=0):
         make_world(world, SEED, max(options.videos))
@@ -335,19 +342,26 @@ def archives_of(options: argparse.Namespace) -> dict[str, list[Path]]:
     return found
 
 
-def alone(piece: str, paths: list[Path], cores: int, folder: Path) -> Row:
+def alone(piece: str, archives: Archives, cores: int, folder: Path) -> Found:
     """A piece in a process of its own."""
     command = [sys.executable, __file__, "--piece", piece, "--cores", str(cores)]
     command += ["--folder", str(folder)]
-    told = "\n".join(map(str, paths))
-    done = subprocess.run(command, input=told, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    told = json.dumps({name: list(map(str, paths)) for name, paths in archives.items()})
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdin is not None and run.stdout is not None
+        run.stdin.write(told)
+        run.stdin.close()
+        for line in run.stdout:
+            if line.startswith(FOUND):
+                name, row = json.loads(line.removeprefix(FOUND))
+                yield name, row
+    if run.returncode:
+        raise RuntimeError(f"{piece} failed")
 
 
-def table_row(name: str, cores: int, pieces: dict[str, Row]) -> Row:
-    found, first, own = pieces["whole"]["all"], pieces["whole"]["first"], pieces["whole"]
+def table_row(figures: dict[str, dict[str, Row]], name: str, cores: int) -> Row:
+    found, first = (figures[archive]["whole"] for archive in (name, "one video"))
+    starts, pieces = figures["starts"]["whole"], figures[name]
     frames = found["frames"]
     rate = {stage: row["frames"] / row["wall_s"] for stage, row in pieces["stages"].items()}
     cost = {stage: row["cpu_s"] / row["frames"] for stage, row in pieces["stages"].items()}
@@ -363,7 +377,7 @@ def table_row(name: str, cores: int, pieces: dict[str, Row]) -> Row:
     row |= {"stages, CPU s": round(least_cpu_s, 1), "ingest, CPU s": round(net_cpu_s, 1)}
     row["of CPU"] = round(least_cpu_s / net_cpu_s, 2)
     row["cores busy"] = round(net_cpu_s / net_s / cores, 2)
-    row |= {"imports, s": round(own["imports_s"], 1), "Ray, s": round(own["ray_s"], 1)}
+    row |= {"imports, s": round(starts["imports_s"], 1), "Ray, s": round(starts["ray_s"], 1)}
     row["one video, s"] = round(first["wall_s"], 1)
     if "peer" in pieces:
         other = pieces["peer"]
@@ -384,21 +398,24 @@ def main() -> None:
     parser.add_argument("--piece", choices=PIECES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.piece:
-        paths = [Path(line) for line in sys.stdin.read().splitlines()]
-        print(json.dumps(measured(options.piece, paths, options.cores, options.folder)))
+        told = json.load(sys.stdin)
+        archives = {name: [Path(path) for path in paths] for name, paths in told.items()}
+        measure = {"stages": stages, "whole": whole, "peer": peer}[options.piece]
+        for item in measure(archives, options.cores, options.folder):
+            print(FOUND + json.dumps(item), flush=True)
         return
     figures: dict[str, dict[str, Row]] = {}
     if options.json and options.json.exists():
         figures = json.loads(options.json.read_text())
-    for name, paths in archives_of(options).items():
-        pieces = figures.setdefault(name, {})
-        for piece in options.pieces:
-            pieces[piece] = alone(piece, paths, options.cores, options.folder)
-            CONSOLE.print(name, piece, pieces[piece])
+    archives = archives_of(options)
+    for piece in options.pieces:
+        for name, row in alone(piece, archives, options.cores, options.folder):
+            figures.setdefault(name, {})[piece] = row
+            CONSOLE.print(name, piece, row)
             if options.json:
                 options.json.write_text(json.dumps(figures, indent=1))
-    whole = {name: pieces for name, pieces in figures.items() if {*PIECES[:2]} <= {*pieces}}
-    rows = [table_row(name, options.cores, pieces) for name, pieces in whole.items()]
+    both = [name for name in archives if {"stages", "whole"} <= {*figures[name]}]
+    rows = [table_row(figures, name, options.cores) for name in both]
     show("the whole ingest", rows)
     sizes = [row for row in rows if row["archive"].endswith("videos")]
     for what in ("ingest, CPU s", "peer, CPU s"):
