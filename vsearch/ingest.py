@@ -340,12 +340,7 @@ def _embed(
         )
         .map_batches(  # 1 : 1
             _Embedder,
-            fn_constructor_args=(
-                config,
-                None if plan.encoder_gpus else "cpu",
-                limits.batch,
-                plan.encoder_threads,
-            ),
+            fn_constructor_args=(config, None if plan.encoder_gpus else "cpu", limits.batch),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
@@ -517,15 +512,10 @@ def _spans_of(
 class _Embedder:
     """The actor that holds both encoders."""
 
-    def __init__(
-        self, config: CorpusConfig, device: str | None, batch: int | None, threads: int
-    ) -> None:
+    def __init__(self, config: CorpusConfig, device: str | None, batch: int | None) -> None:
         # Imported here: the workers that probe, decode and store do without torch.
-        import torch
-
         from vsearch.encoders import Encoders
 
-        torch.set_num_threads(threads)
         names = EncoderNames(config.dino.model, config.clip.model)
         self._encoders = Encoders(names, device, batch)
         for part in ("dino", "clip"):

@@ -90,8 +90,7 @@ def gpu_batch(memory: int) -> int:
 class IngestPlan:
     """How an ingest is spread. `decoders` tasks of one core can run at once on the nodes that are alive.
     The pool of encoders begins with `encoders` and keeps between `fewest_encoders` and `most_encoders`;
-    each takes `encoder_gpus` (0 or 1), `encoder_cpus` (0 or 1) and `encoder_memory` bytes, and computes
-    with `encoder_threads` threads.
+    each takes `encoder_gpus` (0 or 1), `encoder_cpus` (0 or 1) and `encoder_memory` bytes.
     """
 
     decoders: int
@@ -101,7 +100,6 @@ class IngestPlan:
     encoder_gpus: int
     encoder_cpus: int
     encoder_memory: int
-    encoder_threads: int
 
 
 def plan_ingest(nodes: Sequence[Node], limits: Limits) -> IngestPlan:
@@ -128,7 +126,6 @@ def _encoders_on_gpus(nodes: Sequence[Node], alive: int, most: int) -> IngestPla
         encoder_gpus=1,
         encoder_cpus=int(roomy),
         encoder_memory=min([EMBEDDER_MEMORY_BYTES, *fit]),
-        encoder_threads=1,
     )
 
 
@@ -136,7 +133,6 @@ def _encoders_on_cores(nodes: Sequence[Node]) -> IngestPlan:
     fit = sum(min(node.cpus // 2, node.memory // EMBEDDER_MEMORY_BYTES) for node in nodes)
     encoders = max(1, fit)
     sizes = [node.memory for node in nodes if node.works] or [2 * EMBEDDER_MEMORY_BYTES]
-    cores = [node.cpus for node in nodes]
     return IngestPlan(
         decoders=1,
         fewest_encoders=1 if len(nodes) > 1 else encoders,
@@ -146,8 +142,6 @@ def _encoders_on_cores(nodes: Sequence[Node]) -> IngestPlan:
         # No core is set aside: on what is left when a node goes away, they could take them all.
         encoder_cpus=0,
         encoder_memory=min(EMBEDDER_MEMORY_BYTES, max(sizes) // 2),
-        # Ray would give one to what sets no core aside: half of the machine would wait for it.
-        encoder_threads=max(1, min(sum(cores) // encoders, max(cores, default=1))),
     )
 
 
