@@ -28,7 +28,7 @@ from test_ingest import assert_same_rows, command, make_video, statuses, stored_
 
 from vsearch.build_index import build_index
 from vsearch.config import PRESETS, TrainConfig
-from vsearch.corpus import Corpus, newest_projector
+from vsearch.corpus import Corpus, newest_projector, vector_matrix
 from vsearch.ingest import IngestSummary, Progress, ingest
 from vsearch.placement import Limits
 from vsearch.snapshots import Snapshots
@@ -55,9 +55,9 @@ TASKS = {
     "queries": "encode_queries",
     "codes": "shard_codes",
 }
-TRAINING = TrainConfig(max_epochs=60, patience=60, batch_size=64)
+TRAINING = TrainConfig(max_epochs=60, patience=60, batch_size=512)
 CODED: dict[str, Any] = {
-    "kind": "ivfpq", "space": "clip", "rows": "frames", "min_recall": 0.3, "shard_frames": 700,
+    "kind": "ivfpq", "space": "clip", "rows": "frames", "min_recall": 0.3, "shard_frames": 6000,
 }  # fmt: skip
 
 
@@ -142,11 +142,13 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Videos for some seconds of work: 36 spans, the longest video in several runs."""
+    """Videos of which most are still to be embedded when the first are stored: small ones, and longer
+    ones in several spans, some 12,000 frames in all."""
     folder = tmp_path_factory.mktemp("archive")
     for number in range(30):
         make_video(folder / f"{number}.mp4", number, seconds=1.5, fps=20)
-    make_video(folder / "long.mp4", 100, seconds=120, fps=4)
+    for number in range(6):
+        make_video(folder / f"long {number}.mp4", 100 + number, seconds=60, fps=30)
     return folder
 
 
@@ -172,10 +174,14 @@ def vectors(url: Path) -> dict[tuple[str, int, int], tuple[Any, Any]]:
     """The vectors of each frame, by video, span and frame."""
     found = {}
     for path in sorted(url.glob("frames/*.parquet")):
-        for row in pq.read_table(path).to_pylist():
-            key = (row["video_id"], row["span"], row["frame"])
+        table = pq.read_table(path)
+        keys = zip(
+            *(table[name].to_pylist() for name in ("video_id", "span", "frame")), strict=True
+        )
+        dino, clip = (vector_matrix(table[name]) for name in ("dino", "clip"))
+        for row, key in enumerate(keys):
             assert key not in found
-            found[key] = (np.array(row["dino"]), np.array(row["clip"]))
+            found[key] = (dino[row], clip[row])
     return found
 
 
