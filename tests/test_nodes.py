@@ -9,13 +9,14 @@ read from Ray's own record of tasks.
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -440,8 +441,10 @@ class Links:
         ip("addr", "add", f"{self.HEAD}/24", "dev", "vsbridge")
         ip("link", "set", "vsbridge", "up")
 
-    def start(self, role: str, address: str) -> None:
-        """Starts a node of a role behind a cable of its own."""
+    def start(self, role: str, nodes: Nodes) -> None:
+        """Starts a node of a role behind a cable of its own, and waits until it has joined: two that start
+        at once on one machine take each other's sockets.
+        """
         number = len(self._names) + 2
         name = f"vs-{role}-{number}"
         self._names.append(name)
@@ -454,14 +457,18 @@ class Links:
         resources = ROLES[role]
         ray_start = [
             "ip", "netns", "exec", name, sys.executable, "-m", "ray.scripts.scripts", "start",
-            f"--address={address}", f"--node-ip-address=10.203.0.{number}",
+            f"--address={nodes.address}", f"--node-ip-address=10.203.0.{number}",
             f"--labels=name={role},vsearch/role={role}",
             f"--num-cpus={resources['num_cpus']}", f"--num-gpus={resources.get('num_gpus', 0)}",
             f"--memory={HARDWARE['memory']}",
             f"--object-store-memory={HARDWARE['object_store_memory']}", "--block",
         ]  # fmt: skip
         nowhere = subprocess.DEVNULL
+        joined = len(nodes.names())
         self._started.append(subprocess.Popen(ray_start, stdout=nowhere, stderr=nowhere))
+        while len(nodes.names()) == joined:
+            assert self._started[-1].poll() is None, f"{name} did not start"
+            time.sleep(0.5)
 
     def cut(self, role: str) -> None:
         """Cuts the cable of the first node of a role."""
@@ -474,7 +481,13 @@ class Links:
         for started in self._started:
             started.wait(timeout=60)
         for name in self._names:
+            # A namespace lives as long as a process in it, and with it its end of the cable.
+            left = subprocess.check_output(["ip", "netns", "pids", name], text=True)
+            for process in left.split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
             ip("netns", "del", name)
+            ip("link", "del", name)
         ip("link", "del", "vsbridge")
 
 
@@ -495,11 +508,9 @@ def test_a_link_that_is_cut_costs_only_time(
 ) -> None:
     with cluster(node_ip_address=Links.HEAD) as nodes:
         for name in ROLES:
-            links.start(name, nodes.address)
+            links.start(name, nodes)
         if role == "embed":
-            links.start("embed", nodes.address)
-        while len([*filter(None, map(bool, nodes.names()))]) < 4:
-            time.sleep(0.5)
+            links.start("embed", nodes)
         began = time.monotonic()
         ingest_on(archive, tmp_path, report=once_stored(lambda: links.cut(role)))
         print(f"{role} cut off: {time.monotonic() - began:.0f} s")
