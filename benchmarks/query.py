@@ -3,8 +3,9 @@
 Method: CLIP ViT-B/16 with random weights in open_clip's own format; its last layer alone is fitted, so
 that sentences lie off the images as those of a trained CLIP do (`vectors.py`): the time of a query does
 not depend on the weights, what it finds and how many rows that touches does. The frames are those of
-`vectors.py`: shots that drift, in videos of 600 moments (five minutes, at two a second). They are stored
-as an ingest stores them, `build_index` makes a snapshot of them, and the service opens it as a user's.
+`vectors.py`: shots of 4 to 20 seconds that drift, two frames of each second, in videos of five minutes.
+They are stored as an ingest stores them, `build_index` makes a snapshot of them, and the service opens it
+as a user's. `--every-frame` takes all 25 frames of a second: a shot then has hundreds of rows.
 
     inside   in one process, one query at a time: the engine's steps, then the whole application without
              a server (routes, checks, JSON), on one thread as in the service
@@ -59,7 +60,9 @@ CONSOLE = Console(stderr=True, width=160)
 SEED = 0
 ARCHITECTURE = "ViT-B-16"
 LAYERS, WIDTH = 12, 512
-VIDEO_ROWS, FPS = 600, 2.0
+VIDEO_ROWS = 600
+FRAMES_PER_S, STEP = 25.0, 12
+"""Of the shots of `vectors.py`, and which of their frames are taken: two a second."""
 SHOT_DIM = 64
 """In place of DINO's vectors stand random ones, another for each shot: cuts are found by them."""
 FILE_VIDEOS = 150
@@ -110,8 +113,12 @@ def _root(matrix: NDArray[np.float64], power: float) -> NDArray[np.float64]:
 # ── what is searched ─────────────────────────────────────────────────────────────────────────────
 
 
-def videos(known: World, rows: int) -> Iterator[tuple[str, NDArray[np.float16], NDArray[Any]]]:
-    """(id, frames (n, DIM), the vectors of their shots (n, SHOT_DIM)) of videos of so many rows in all."""
+def videos(
+    known: World, rows: int, step: int
+) -> Iterator[tuple[str, NDArray[np.float16], NDArray[Any]]]:
+    """(id, frames (n, DIM), the vectors of their shots (n, SHOT_DIM)) of videos of so many rows in all,
+    each `step`-th frame of their shots.
+    """
     for number in range(math.ceil(rows / VIDEO_ROWS)):
         size = min(VIDEO_ROWS, rows - number * VIDEO_ROWS)
         rng = np.random.default_rng([SEED, 6, number])
@@ -119,20 +126,22 @@ def videos(known: World, rows: int) -> Iterator[tuple[str, NDArray[np.float16], 
         shots = np.empty((size, SHOT_DIM), np.float16)
         filled = 0
         while filled < size:
-            part = shot(known, rng)[: size - filled]
+            part = shot(known, rng)[::step][: size - filled]
             place = slice(filled, filled + len(part))
             frames[place], shots[place] = part, unit(rng.standard_normal(SHOT_DIM))
             filled += len(part)
         yield f"v{number:06d}", frames, shots
 
 
-def store(corpus: Corpus, made: list[tuple[str, NDArray[np.float16], NDArray[Any]]]) -> None:
+def store(
+    corpus: Corpus, made: list[tuple[str, NDArray[np.float16], NDArray[Any]]], fps: float
+) -> None:
     """Adds videos of one span each, with their frames in one file."""
     tables, records, found = [], [], []
     now = datetime(2026, 1, 1, tzinfo=UTC)
     for name, frames, shots in made:
         count = len(frames)
-        pts_s = np.arange(count) / FPS
+        pts_s = np.arange(count) / fps
         columns = [
             pa.array([name] * count),
             pa.array([f"{name}-0"] * count),
@@ -146,8 +155,8 @@ def store(corpus: Corpus, made: list[tuple[str, NDArray[np.float16], NDArray[Any
         records.append(SpanRecord(name, f"{name}-0", 0, count, pts_s[-1], True, embedded=count))
         found.append({
             "uri": f"/archive/2026/{name}.mp4", "source": "/archive", "tags": {}, "video_id": name,
-            "size_bytes": count, "etag": "1", "fps": FPS, "start_s": 0.0,
-            "duration_s": count / FPS, "zero_s": 0.0, "span_s": count / FPS + 1,
+            "size_bytes": count, "etag": "1", "fps": fps, "start_s": 0.0,
+            "duration_s": count / fps, "zero_s": 0.0, "span_s": count / fps + 1,
             "expected_spans": 1, "seekable": True, "recorded_at": now,
             "recorded_at_source": "mtime", "ingested_at": now, "status": "ok", "attempts": 1,
             "quarantined": False,
@@ -156,9 +165,9 @@ def store(corpus: Corpus, made: list[tuple[str, NDArray[np.float16], NDArray[Any
     corpus.add_videos(pa.Table.from_pylist(found, schema=VIDEOS))
 
 
-def make(folder: Path, rows: int) -> str:
+def make(folder: Path, rows: int, step: int) -> str:
     """The corpus of so many rows, with its snapshot, unless it is there; gives its address."""
-    url = str(folder / str(rows))
+    url = str(folder / f"{rows}-{step}")
     checkpoint = folder / "clip.pt"
     known = world(SEED)
     if not checkpoint.exists():
@@ -168,13 +177,13 @@ def make(folder: Path, rows: int) -> str:
         clip = ClipEncoder(f"{ARCHITECTURE}:{checkpoint}", "cpu").record
         corpus.require(CorpusConfig(Encoder("none", "0", SHOT_DIM), clip, 224))
         waiting = []
-        for video in videos(known, rows):
+        for video in videos(known, rows, step):
             waiting.append(video)
             if len(waiting) == FILE_VIDEOS:
-                store(corpus, waiting)
+                store(corpus, waiting, FRAMES_PER_S / step)
                 waiting = []
         if waiting:
-            store(corpus, waiting)
+            store(corpus, waiting, FRAMES_PER_S / step)
         build_index(url, space="clip")
     return url
 
@@ -409,6 +418,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--haproxy", action="store_true", help="in place of Serve's Python proxy")
     parser.add_argument("--folder", type=Path, help="keeps what is made, for the next time")
+    parser.add_argument("--every-frame", action="store_true", help="shots of hundreds of rows")
     parser.add_argument("--only-make", action="store_true", help="makes the corpora, asks nothing")
     parser.add_argument("--json", type=Path, help="figures go here; those of others are kept")
     arguments = parser.parse_args()
@@ -426,7 +436,7 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for rows in arguments.rows:
-            url = alone(make, folder, rows)
+            url = alone(make, folder, rows, 1 if arguments.every_frame else STEP)
             if arguments.only_make:
                 continue
             found = {"inside": alone(inside, url, asked), "http": alone(over_http, url)}

@@ -27,7 +27,7 @@ from vsearch.corpus import Corpus
 from vsearch.filters import Filter, Seconds
 from vsearch.gallery import gallery
 from vsearch.index import Index, Shard, one_thread
-from vsearch.moments import Moments, Stretch, clock, grow
+from vsearch.moments import Moments, Scores, Stretch, clock, grow
 from vsearch.query import Term, compose, described, terms_of
 from vsearch.sizing import Setting
 from vsearch.snapshots import Snapshots
@@ -497,7 +497,8 @@ class Engine:
             enough = len(weak) == wanted and (not len(scores) or scores[-1] <= -weak[-1])
             if enough or hits >= rows_left:
                 break
-            hits *= 4
+            least_now = -weak[-1] if len(weak) == wanted else least
+            hits = math.ceil(hits * _times_more(scores, least_now))
         best = sorted((one for one in found if one[0] >= least), key=lambda one: -one[0])
         segments = tuple(
             self._segment(self._timelines[part], stretch, windows)
@@ -633,6 +634,17 @@ def _shots(video: NDArray[np.int32], rows: pa.Table) -> NDArray[np.int64]:
         shot = rows["shot"].to_numpy()
         begins |= np.diff(shot, prepend=shot[:1]) != 0
     return np.cumsum(begins, dtype=np.int64)
+
+
+def _times_more(scores: Scores, least: float) -> float:
+    """How many times as many hits to ask for, where `scores` (n,), best first, end above `least`: 2 to 16.
+    They fall about equally with each doubling of their number. 4, where nothing is known of `least`.
+    """
+    if not len(scores) or least == -math.inf:
+        return 4
+    fall = max(float(scores[len(scores) // 2] - scores[-1]), 1e-6)
+    doublings = (float(scores[-1]) - least) / fall
+    return float(2 ** min(max(doublings, 1.0), 4.0))
 
 
 def _next_free(

@@ -10,6 +10,7 @@ the text encoder are deployments of their own, which scale by themselves.
 import asyncio
 import logging
 import socket
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -76,15 +77,39 @@ class ServeArgs(BaseModel):
 
 
 class TextEncoder:
-    """Sentences to unit vectors, as many at once as are waiting."""
+    """Sentences to unit vectors, as many at once as came while others were encoded. Ray Serve's own
+    batches are closed before their turn comes: without a delay each would hold one sentence.
+    """
 
     def __init__(self, corpus_url: str) -> None:
         self._encoder = ClipEncoder.recorded(Corpus(corpus_url).config.clip)
         self._encoder.encode_text(["warm-up"])
+        self._waiting: deque[tuple[str, asyncio.Future[Vector]]] = deque()
+        self._working: asyncio.Task[None] | None = None
 
-    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0)
-    async def encode(self, sentences: list[str]) -> list[Vector]:
-        return list(await asyncio.to_thread(self._encoder.encode_text, sentences))
+    async def encode(self, sentence: str) -> Vector:
+        """The unit vector, float32 (dim,)."""
+        vector = asyncio.get_running_loop().create_future()
+        self._waiting.append((sentence, vector))
+        if self._working is None or self._working.done():
+            self._working = asyncio.create_task(self._work())
+        return await vector
+
+    async def _work(self) -> None:
+        while self._waiting:
+            count = min(BATCH, len(self._waiting))
+            batch = [self._waiting.popleft() for _ in range(count)]
+            sentences = [sentence for sentence, _ in batch]
+            try:
+                found = await asyncio.to_thread(self._encoder.encode_text, sentences)
+            except Exception as error:  # is raised where each was asked for
+                for _, vector in batch:
+                    if not vector.done():
+                        vector.set_exception(error)
+            else:
+                for (_, vector), value in zip(batch, found, strict=True):
+                    if not vector.done():  # else whoever asked has left
+                        vector.set_result(value)
 
 
 class IndexPart:
