@@ -16,9 +16,11 @@ import vsearch
 from vsearch import service as module
 from vsearch.config import UserError
 from vsearch.corpus import Corpus
+from vsearch.encoders import ClipEncoder
 from vsearch.filters import Filter
 from vsearch.query import Term
 from vsearch.search import Engine, sure
+from vsearch.serve import BATCH, TextEncoder
 from vsearch.service import (
     Answer,
     BusyError,
@@ -411,3 +413,52 @@ def test_kept_values_are_the_ones_used_last() -> None:
     assert (kept.get("b"), kept.get("c")) == (b"bbbb", None)
     kept.put("e", b"e" * 11)
     assert kept.get("e") is None
+
+
+async def _encoded(encoder: TextEncoder, sentences: list[str]) -> list[Any]:
+    return await asyncio.gather(*map(encoder.encode, sentences), return_exceptions=True)
+
+
+def test_sentences_that_wait_are_encoded_together(
+    corpus: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = corpus
+    encoder = TextEncoder(url)
+    alone = ClipEncoder.recorded(Corpus(url).config.clip).encode_text
+    batches: list[int] = []
+
+    def encode_text(_: ClipEncoder, sentences: list[str]) -> Any:
+        batches.append(len(sentences))
+        time.sleep(0.05)
+        if "fail" in sentences:
+            raise RuntimeError("no memory")
+        return alone(sentences)
+
+    monkeypatch.setattr(ClipEncoder, "encode_text", encode_text)
+    sentences = [f"a boat {number}" for number in range(BATCH + 5)]
+    found = asyncio.run(_encoded(encoder, sentences))
+    assert batches == [BATCH, 5]
+    np.testing.assert_allclose(np.stack(found), alone(sentences), atol=1e-5)
+
+    # Each of a batch that fails is told so, and the next is encoded.
+    failed = asyncio.run(_encoded(encoder, ["fail", "a boat"]))
+    assert [str(error) for error in failed] == ["no memory", "no memory"]
+    [vector] = asyncio.run(_encoded(encoder, ["a boat 1"]))
+    np.testing.assert_allclose(vector, found[1], atol=1e-5)
+
+
+def test_who_leaves_while_a_sentence_waits_takes_nobody_along(
+    corpus: tuple[str, list[str]],
+) -> None:
+    encoder = TextEncoder(corpus[0])
+
+    async def some_leave() -> list[Any]:
+        asked = [asyncio.create_task(encoder.encode(f"a boat {number}")) for number in range(6)]
+        await asyncio.sleep(0)
+        for task in asked[::2]:
+            task.cancel()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    found = asyncio.run(some_leave())
+    assert [isinstance(one, asyncio.CancelledError) for one in found] == [True, False] * 3
+    np.testing.assert_allclose(np.linalg.norm(np.stack(found[1::2]), axis=1), 1, atol=1e-5)
