@@ -1,6 +1,7 @@
 import statistics
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -8,7 +9,32 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vsearch.moments import Moments, Stretch, frame_ends, grow, moments_of, shots_of
+from vsearch.moments import Moments, Scored, frame_ends, grow, moments_of, shots_of
+
+
+class Stretch(NamedTuple):
+    first: int
+    last: int
+    best: int
+    score: float
+
+
+def grown(
+    peaks: list[int],
+    bounds: list[tuple[int, int]],
+    scored: Scored,
+    background: float = 0.0,
+    max_gap_s: float = 1.0,
+    reach: int = 64,
+) -> list[Stretch]:
+    """The stretches that `grow` finds around peaks, each within its bounds."""
+    lowest, highest = np.array(bounds).T
+    found = grow(
+        np.array(peaks), lowest, highest,
+        lambda rows: Scored(*(values[rows] for values in scored)),
+        background, max_gap_s, reach,
+    )  # fmt: skip
+    return [Stretch(*one) for one in zip(*(values.tolist() for values in found), strict=True)]
 
 
 def stretch_of(
@@ -20,23 +46,20 @@ def stretch_of(
     lowest: int = 0,
     highest: int | None = None,
     taken: frozenset[int] = frozenset(),
-    piece: int = 256,
+    reach: int = 64,
 ) -> Stretch:
-    """`grow` over rows of one second each, of no length unless said otherwise."""
-    scores = np.array(values, np.float32)
+    """The stretch around a peak of rows of one second each, of no length unless said otherwise."""
     start_s = np.array(pts_s if pts_s is not None else range(len(values)), float)
-    return grow(
-        peak,
-        lowest,
-        len(values) if highest is None else highest,
-        lambda i, j: scores[i:j],
-        start_s,
-        start_s,
-        background,
-        max_gap_s,
-        np.isin(np.arange(len(values)), list(taken)),
-        piece,
-    )
+    is_taken = np.isin(np.arange(len(values)), list(taken))
+    scored = Scored(np.array(values, np.float32), start_s, start_s, is_taken)
+    bounds = [(lowest, len(values) if highest is None else highest)]
+    (found,) = grown([peak], bounds, scored, background, max_gap_s, reach)
+    return found
+
+
+def lasting(values: list[float], start_s: Any, end_s: Any) -> Scored:
+    times_s = np.array(start_s, float), np.array(end_s, float)
+    return Scored(np.array(values, np.float32), *times_s, np.zeros(len(values), bool))
 
 
 def test_neighbours_above_half_the_height_are_merged() -> None:
@@ -65,9 +88,7 @@ def test_a_pause_in_time_ends_the_stretch() -> None:
 
 
 def test_the_gap_is_counted_from_the_end_of_a_row() -> None:
-    scores = np.array([0.9, 0.9], np.float32)
-    start_s, end_s = np.array([0.0, 5.5]), np.array([5.0, 6.0])
-    stretch = grow(0, 0, 2, lambda i, j: scores[i:j], start_s, end_s, 0.0, 1.0, np.zeros(2, bool))
+    (stretch,) = grown([0], [(0, 2)], lasting([0.9, 0.9], [0.0, 5.5], [5.0, 6.0]))
     assert (stretch.first, stretch.last) == (0, 1)
 
 
@@ -83,12 +104,29 @@ levels = st.lists(st.integers(0, 20).map(lambda n: n / 20), min_size=1, max_size
 
 
 @given(levels, st.integers(1, 7), st.sampled_from([0.5, 1.0, 2.0, 5.0]), st.data())
-def test_the_size_of_the_pieces_changes_nothing(
-    values: list[float], piece: int, max_gap_s: float, data: st.DataObject
+def test_how_far_is_looked_at_first_changes_nothing(
+    values: list[float], reach: int, max_gap_s: float, data: st.DataObject
 ) -> None:
     peak = data.draw(st.integers(0, len(values) - 1))
-    whole = stretch_of(values, peak, max_gap_s=max_gap_s)
-    assert stretch_of(values, peak, max_gap_s=max_gap_s, piece=piece) == whole
+    taken = data.draw(st.frozensets(st.integers(0, len(values) - 1), max_size=4)) - {peak}
+    whole = stretch_of(values, peak, max_gap_s=max_gap_s, taken=taken)
+    assert stretch_of(values, peak, max_gap_s=max_gap_s, taken=taken, reach=reach) == whole
+    assert not taken & set(range(whole.first, whole.last + 1))
+
+
+@given(st.lists(levels, min_size=1, max_size=5), st.integers(1, 7), st.data())
+def test_stretches_are_the_same_together_and_alone(
+    shots: list[list[float]], reach: int, data: st.DataObject
+) -> None:
+    stops = np.cumsum([len(shot) for shot in shots]).tolist()
+    bounds = list(pairwise([0, *stops]))
+    peaks = [data.draw(st.integers(low, stop - 1)) for low, stop in bounds]
+    values = [value for shot in shots for value in shot]
+    scored = lasting(values, range(len(values)), np.arange(len(values)) + 0.5)
+    together = grown(peaks, bounds, scored, reach=reach)
+    alone = [grown([p], [b], scored)[0] for p, b in zip(peaks, bounds, strict=True)]
+    assert [one[:3] for one in together] == [one[:3] for one in alone]
+    assert np.allclose([one.score for one in together], [one.score for one in alone])
 
 
 @given(levels, st.sampled_from([1.0, 2.0, 3.0]), st.data())
@@ -118,14 +156,13 @@ def test_a_stretch_is_what_its_definition_says(
 def test_the_score_is_the_mean_over_the_time_of_the_rows(
     values: list[float], data: st.DataObject
 ) -> None:
-    lasting = st.integers(1, 40).map(lambda n: n / 4)
-    lasting_s = data.draw(st.lists(lasting, min_size=len(values), max_size=len(values)))
+    quarters = st.integers(1, 40).map(lambda n: n / 4)
+    lasting_s = data.draw(st.lists(quarters, min_size=len(values), max_size=len(values)))
     peak = data.draw(st.integers(0, len(values) - 1))
     end_s = np.cumsum(lasting_s)
-    scores = np.array(values, np.float32)
-    taken = np.zeros(len(values), bool)
-    start_s = end_s - lasting_s
-    stretch = grow(peak, 0, len(values), lambda i, j: scores[i:j], start_s, end_s, 0.0, 1.0, taken)
+    scored = lasting(values, end_s - lasting_s, end_s)
+    scores = scored.scores
+    (stretch,) = grown([peak], [(0, len(values))], scored)
     rows = range(stretch.first, stretch.last + 1)
     strong = [row for row in rows if row == peak or scores[row] >= scores[peak] / 2]
     time_s = sum(lasting_s[row] for row in strong)
@@ -134,9 +171,7 @@ def test_the_score_is_the_mean_over_the_time_of_the_rows(
 
 
 def test_a_long_row_counts_for_more_than_a_short_one() -> None:
-    scores = np.array([0.9, 0.6], np.float32)
-    start_s, end_s = np.array([0.0, 9.0]), np.array([9.0, 10.0])
-    stretch = grow(0, 0, 2, lambda i, j: scores[i:j], start_s, end_s, 0.0, 1.0, np.zeros(2, bool))
+    (stretch,) = grown([0], [(0, 2)], lasting([0.9, 0.6], [0.0, 9.0], [9.0, 10.0]))
     assert np.isclose(stretch.score, 0.9 * 0.9 + 0.1 * 0.6)
 
 

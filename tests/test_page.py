@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from clips import straight_frames, write
+from head import free_ports
 from numpy.typing import NDArray
 from PIL import Image
 from selenium import webdriver
@@ -88,9 +88,7 @@ def address(corpus: Corpus, api_key: str, key_file: Path) -> Iterator[str]:
 
     from vsearch.serve import ServeArgs, start
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     yield start(ServeArgs(corpus=corpus.url, keys=str(key_file)), port=port)
     serve.shutdown()
 

@@ -19,6 +19,7 @@ import numpy as np
 import opentimelineio as otio
 import pyarrow.parquet as pq
 import pytest
+from head import free_ports
 
 import vsearch
 from vsearch import runtime
@@ -384,15 +385,11 @@ def get(address: str, headers: dict[str, str] | None = None) -> tuple[int, dict[
 
 @pytest.fixture(scope="module")
 def service(built):
-    import socket
-
     from ray import serve
 
     from vsearch.serve import ServeArgs, start
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     yield start(ServeArgs(corpus=built), port=port).rstrip("/")
     serve.shutdown()
 

@@ -1,5 +1,4 @@
 import json
-import socket
 from collections.abc import Callable
 
 import numpy as np
@@ -7,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from head import free_ports
 from torch import Tensor
 
 from vsearch.projector import (
@@ -110,9 +110,7 @@ def rank_main(rank: int, port: int, results: mp.SimpleQueue) -> None:
 
 
 def test_two_ranks_have_the_gradient_of_one_process() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     results = mp.get_context("spawn").SimpleQueue()
     mp.spawn(rank_main, args=(port, results), nprocs=2)
     by_rank = sorted(results.get() for _ in range(2))

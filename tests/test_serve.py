@@ -1,7 +1,6 @@
 """The service on Ray Serve, its index in parts: answers, a part that is killed, snapshots, metrics."""
 
 import json
-import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from urllib.parse import urlencode
 import psutil
 import pytest
 from archive import add_video
+from head import free_ports
 from test_build_index import build
 
 import vsearch
@@ -39,9 +39,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
 def address(corpus: tuple[str, list[str]]) -> Iterator[str]:
     from ray import serve
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     yield start(ServeArgs(corpus=corpus[0], parts=3, refresh_s=0.5), port=port)
     stop()
     serve.shutdown()

@@ -6,6 +6,7 @@ A moment is a run of neighbouring frames so alike that one row of the index stan
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 Scores = NDArray[np.float32]
 Seconds = NDArray[np.float64]
 Vectors = NDArray[np.float16]
+Rows = NDArray[np.int64]
 Gaps = Sequence[tuple[float, float]]
 
 ALIKE = 0.98
@@ -151,68 +153,88 @@ def frame_ends(pts_s: Seconds, gaps: Gaps) -> Seconds:
     return ends
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Rows first … last of one video that answer together; `best` is the row of the peak, `score`
-    the mean score over the time of the rows at or above the threshold."""
+class Scored(NamedTuple):
+    """Rows with their `scores`, (n,) each; `start_s` and `end_s` are their times, `taken` (bool) says
+    which belong to no stretch that is still to come."""
 
-    first: int
-    last: int
-    best: int
-    score: float
+    scores: Scores
+    start_s: Seconds
+    end_s: Seconds
+    taken: NDArray[np.bool_]
+
+
+class Stretches(NamedTuple):
+    """Rows first … last, int64 (p,) each, that answer together; `best` is the row of the peak, `score`
+    float64 (p,) the mean score over the time of the rows at or above the threshold."""
+
+    first: Rows
+    last: Rows
+    best: Rows
+    score: Seconds
 
 
 def grow(
-    peak: int,
-    lowest: int,
-    highest: int,
-    scores: Callable[[int, int], Scores],
-    start_s: Seconds,
-    end_s: Seconds,
+    peaks: Rows,
+    lowest: Rows,
+    highest: Rows,
+    look: Callable[[Rows], Scored],
     background: float,
     max_gap_s: float,
-    taken: NDArray[np.bool_],
-    piece: int = 256,
-) -> Stretch:
-    """The stretch around a peak within rows [lowest, highest), those of its shot: outwards from the peak
-    as long as rows above the threshold follow each other with gaps of at most `max_gap_s` seconds.
+    reach: int = 64,
+) -> Stretches:
+    """The stretches around peaks (p,), rows that are not taken, each within rows [lowest, highest) of its
+    own, those of its shot: outwards from the peak as long as rows above the threshold follow each other
+    with gaps of at most `max_gap_s` seconds.
 
     The threshold is half the height of the peak above `background`, the query's mean score over the
     corpus (full width at half maximum). So neighbours that answer about as well are merged, and the
-    scene before the cut, which answers worse, stays outside. `scores(i, j)` gives the scores of rows
-    i … j − 1; they are asked for in pieces, so a long video costs no more than its answer. Rows for
-    which `taken` (rows,) is true belong to a stronger stretch and end the growth.
+    scene before the cut, which answers worse, stays outside. Rows that are taken belong to a stronger
+    stretch and end the growth. `look(rows)` tells of rows (n,); it is asked for `reach` of them on both
+    sides of a peak, and for more where that is too few: a long video costs no more than its answer.
     """
-    top = float(scores(peak, peak + 1)[0])
-    threshold = (top + background) / 2
-    edges, rows_taken, values_taken = [peak, peak], [np.array([peak])], [np.array([top])]
-    for side, (bound, step) in enumerate([(lowest - 1, -1), (highest, 1)]):
-        row = peak + step
-        while row != bound:
-            length = min(piece, abs(bound - row))
-            end = row + (length - 1) * step
-            low, stop = min(row, end), max(row, end) + 1
-            values = scores(low, stop)[::step]
-            free = _until(taken[low:stop][::step])
-            strong = row + step * np.flatnonzero(values[:free] >= threshold)
-            # Seconds between each strong row and the strong row before it, as seen from the peak.
-            chain = np.empty(len(strong) + 1, np.int64)
-            chain[0], chain[1:] = edges[side], strong
-            later, sooner = (chain[1:], chain[:-1]) if step > 0 else (chain[:-1], chain[1:])
-            joined = strong[: _until(start_s[later] - end_s[sooner] > max_gap_s)]
-            if len(joined):
-                edges[side] = int(joined[-1])
-                rows_taken.append(joined)
-                values_taken.append(values[abs(joined - row)])
-            edge = edges[side]
-            away_s = start_s[end] - end_s[edge] if step > 0 else start_s[edge] - end_s[end]
-            if len(joined) < len(strong) or free < length or away_s > max_gap_s:
-                break
-            row = end + step
-    strong_rows = np.concatenate(rows_taken)
-    lasting_s = np.maximum(end_s[strong_rows] - start_s[strong_rows], 1e-6)
-    mean = float(np.concatenate(values_taken).astype(np.float64) @ lasting_s / lasting_s.sum())
-    return Stretch(edges[0], edges[1], peak, min(mean, top))
+    low, stop = np.maximum(lowest, peaks - reach), np.minimum(highest, peaks + reach + 1)
+    rows, owner = ranges(low, stop)
+    ends = np.cumsum(stop - low)
+    begins = ends - (stop - low)
+    seen = look(rows)
+    at_peak = begins + peaks - low
+    top = seen.scores[at_peak].astype(np.float64)
+    strong = (seen.scores >= ((top + background) / 2)[owner]) & ~seen.taken
+    strong[at_peak] = True
+    places = np.flatnonzero(strong)
+    start_s, end_s = seen.start_s[places], seen.end_s[places]
+    walls = np.cumsum(seen.taken)
+    apart = start_s[1:] - end_s[:-1] > max_gap_s
+    apart |= (np.diff(owner[places]) > 0) | (np.diff(walls[places]) > 0)
+    chains = np.append(0, np.cumsum(apart))
+    mine = chains[np.searchsorted(places, at_peak)]
+    head, tail = np.searchsorted(chains, mine), np.searchsorted(chains, mine, side="right") - 1
+    # What lies beyond the rows seen belongs to it as well, if it is near enough and nothing is between.
+    left = (low > lowest) & (start_s[head] - seen.end_s[begins] <= max_gap_s)
+    left &= walls[places[head]] == walls[begins] - seen.taken[begins]
+    right = (stop < highest) & (seen.start_s[ends - 1] - end_s[tail] <= max_gap_s)
+    right &= walls[places[tail]] == walls[ends - 1]
+    lasting_s = np.append(np.maximum(end_s - start_s, 1e-6), 0.0)
+    weighted = lasting_s * np.append(seen.scores[places], 0.0)
+    bounds = np.column_stack([head, tail + 1]).ravel()
+    mean = np.add.reduceat(weighted, bounds)[::2] / np.add.reduceat(lasting_s, bounds)[::2]
+    best = peaks.copy()
+    found = Stretches(rows[places[head]], rows[places[tail]], best, np.minimum(mean, top))
+    longer = np.flatnonzero(left | right)
+    if len(longer):
+        bounded = peaks[longer], lowest[longer], highest[longer]
+        again = grow(*bounded, look, background, max_gap_s, 4 * reach)
+        for mended, values in zip(found, again, strict=True):
+            mended[longer] = values
+    return found
+
+
+def ranges(low: Rows, stop: Rows) -> tuple[Rows, Rows]:
+    """The numbers of several ranges [low, stop), none of them empty, one after another, and which range
+    each is of."""
+    lengths = stop - low
+    owner = np.repeat(np.arange(len(low)), lengths)
+    return np.arange(lengths.sum()) + (low - np.cumsum(lengths) + lengths)[owner], owner
 
 
 def _until(bad: NDArray[np.bool_]) -> int:

@@ -6,8 +6,7 @@
 
 import math
 import time
-from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -27,7 +26,7 @@ from vsearch.corpus import Corpus
 from vsearch.filters import Filter, Seconds
 from vsearch.gallery import gallery
 from vsearch.index import Index, Shard, one_thread
-from vsearch.moments import Moments, Scores, Stretch, clock, grow
+from vsearch.moments import Moments, Scored, Scores, Stretches, clock, grow, ranges
 from vsearch.query import Term, compose, described, terms_of
 from vsearch.sizing import Setting
 from vsearch.snapshots import Snapshots
@@ -40,8 +39,8 @@ if TYPE_CHECKING:
     from vsearch.pictures import PictureEncoder
 
 FIRST_HITS = 200
-SHOT_ROWS = 1024
-"""The scores of a shot of at most so many rows are computed at once."""
+FIRST_PEAKS = 64
+"""So many of the best hits are looked at first, and then twice as many each time."""
 SAMPLED_ROWS = 4096
 """So many rows tell how far the scores of a query spread."""
 
@@ -467,45 +466,51 @@ class Engine:
         rows_left = sum(int(np.count_nonzero(mask)) for mask in allowed)
         taken = np.zeros(self.index.rows, bool)
         starts = np.cumsum([0, *(len(mask) for mask in allowed)])
-        places = [taken[a:b] for a, b in pairwise(starts)]
-        for mine, mask in zip(places, allowed, strict=True):
-            np.logical_not(mask, out=mine)
-        shots = [_ShotScores(shard, vector) for shard in self.index.shards]
+        for (first, stop), mask in zip(pairwise(starts), allowed, strict=True):
+            np.logical_not(mask, out=taken[first:stop])
+        sight = _Sight(self.index.shards, self._timelines, vector, taken)
         masks = None if where is None and self._all_live else allowed
         least = -math.inf if min_score is None else min_score
-        found: list[tuple[float, int, Stretch]] = []
-        weak: list[float] = []  # the negated scores of the best `wanted`, ascending
         wanted = limit + 1  # one more tells whether there are more
+        nothing = np.zeros(0, np.int64)
+        found = [Stretches(nothing, nothing, nothing, np.zeros(0))]
+        best = np.zeros(0)  # the scores of the best `wanted`, ascending
         hits = FIRST_HITS
-        over = False
-        while rows_left and not over:
+        while rows_left:
             scores, parts, rows = self.index.search(vector, hits, masks, took_s)
-            hit, hit_rows = 0, starts[parts] + rows
-            while (hit := _next_free(taken, hit_rows, hit)) < len(rows):
+            places = starts[parts] + rows
+            first, size = 0, FIRST_PEAKS
+            while first < len(scores):
+                piece = slice(first, first + size)
                 # A segment's score is a mean, so no more than its peak: weaker peaks cannot matter.
-                over = scores[hit] < least
-                if over or (len(weak) == wanted and scores[hit] <= -weak[-1]):
-                    break
-                part, row = int(parts[hit]), int(rows[hit])
-                stretch = self._grow(shots[part], part, row, background, max_gap_s, places[part])
-                score = round(stretch.score, 6)
-                found.append((score, part, stretch))
-                insort(weak, -score)
-                del weak[wanted:]
+                bar = best[0] if len(best) == wanted else -math.inf
+                matter = ~taken[places[piece]] & (scores[piece] >= least) & (scores[piece] > bar)
+                peaks = places[piece][matter]
+                if len(peaks):
+                    # In one shot each peak depends on what the stronger ones have taken.
+                    lowest, highest = sight.shots(peaks)
+                    lowest, strongest = np.unique(lowest, return_index=True)
+                    bounds = peaks[strongest], lowest, highest[strongest]
+                    found.append(grow(*bounds, sight, background, max_gap_s))
+                    taken[ranges(found[-1].first, found[-1].last + 1)[0]] = True
+                    best = np.sort(np.append(best, np.round(found[-1].score, 6)))[-wanted:]
+                else:
+                    first, size = first + size, 2 * size
             # Many hits may lie in few segments, and a segment may score less than a hit that was not
             # fetched: ask for more until neither matters, or there are no more.
-            enough = len(weak) == wanted and (not len(scores) or scores[-1] <= -weak[-1])
-            if enough or hits >= rows_left:
+            bar = best[0] if len(best) == wanted else -math.inf
+            if (len(scores) and (scores[-1] < least or scores[-1] <= bar)) or hits >= rows_left:
                 break
-            least_now = -weak[-1] if len(weak) == wanted else least
-            hits = math.ceil(hits * _times_more(scores, least_now))
-        best = sorted((one for one in found if one[0] >= least), key=lambda one: -one[0])
+            hits = math.ceil(hits * _times_more(scores, max(least, bar)))
+        first_rows, last_rows, peaks, exact = (np.concatenate(v) for v in zip(*found, strict=True))
+        score = np.round(exact, 6)
+        order = np.lexsort([first_rows, -score])[: np.count_nonzero(score >= least)]
         segments = tuple(
-            self._segment(self._timelines[part], stretch, windows)
-            for _, part, stretch in best[:limit]
+            self._segment(starts, first_rows[i], last_rows[i], peaks[i], score[i], windows)
+            for i in order[:limit]
         )
         took_s["group"] = time.perf_counter() - began - sum(took_s.values())
-        return Found(segments, len(best) > limit, took_s)
+        return Found(segments, len(order) > limit, took_s)
 
     def _allowed(self, windows: tuple[Seconds, Seconds]) -> list[NDArray[np.bool_]]:
         """For each shard, the rows (n,) that count and overlap the window of their video."""
@@ -515,49 +520,30 @@ class Engine:
             masks.append(live & (timeline.end_s > first) & (timeline.start_s < last))
         return masks
 
-    def _grow(
-        self,
-        shots: "_ShotScores",
-        part: int,
-        row: int,
-        background: float,
-        max_gap_s: float,
-        taken: NDArray[np.bool_],
-    ) -> Stretch:
-        """The stretch around a row; marks its rows as taken."""
-        timeline = self._timelines[part]
-        number = timeline.shot[row]
-        lowest, highest = np.searchsorted(timeline.shot, [number, number + 1])
-        stretch = grow(
-            row,
-            int(lowest),
-            int(highest),
-            shots.within(int(lowest), int(highest)),
-            timeline.start_s,
-            timeline.end_s,
-            background,
-            max_gap_s,
-            taken,
-        )
-        taken[stretch.first : stretch.last + 1] = True
-        return stretch
-
     def _segment(
-        self, timeline: _Rows, stretch: Stretch, windows: tuple[Seconds, Seconds]
+        self,
+        starts: NDArray[np.int64],
+        first: int,
+        last: int,
+        best: int,
+        score: float,
+        windows: tuple[Seconds, Seconds],
     ) -> Segment:
-        """A segment, as far as it lies in the window of its video."""
-        number = int(timeline.numbers[timeline.video[stretch.best]])
-        video, first, last = self.videos[number], windows[0][number], windows[1][number]
-        start_s = max(float(timeline.start_s[stretch.first]), first)
-        end_s = min(float(timeline.end_s[stretch.last]), last)
-        best_s = min(max(float(timeline.best_s[stretch.best]), start_s), end_s)
+        """A segment from rows counted over all shards, as far as it lies in the window of its video."""
+        part = int(np.searchsorted(starts, best, side="right")) - 1
+        timeline, before = self._timelines[part], starts[part]
+        number = int(timeline.numbers[timeline.video[best - before]])
+        video, from_s, to_s = self.videos[number], windows[0][number], windows[1][number]
+        start_s = max(float(timeline.start_s[first - before]), from_s)
+        end_s = min(float(timeline.end_s[last - before]), to_s)
+        best_s = min(max(float(timeline.best_s[best - before]), start_s), end_s)
         recorded_at: datetime = video["recorded_at"] + timedelta(seconds=start_s)
         return Segment(
             video=video["uri"],
             start_s=round(start_s, 6),
             end_s=round(end_s, 6),
             best_s=round(best_s, 6),
-            score=round(stretch.score, 6),
+            score=round(float(score), 6),
             recorded_at=recorded_at.isoformat(),
             video_id=video["video_id"],
         )
@@ -608,23 +594,50 @@ class Engine:
         return shard, _Rows(video, shots, numbers, start_s, end_s, best_s, frames)
 
 
-class _ShotScores:
-    """Exact scores of one query. Those of a shot are computed once, however many segments begin in it;
-    where it is longer than `SHOT_ROWS`, those that are asked for.
-    """
+class _Sight:
+    """What one query sees of rows, which are counted over all shards. Exact scores are computed once."""
 
-    def __init__(self, shard: Shard, vector: NDArray[np.float32]) -> None:
-        self._scores = partial(shard.scores, vector)
-        self._known: dict[int, NDArray[np.float32]] = {}
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        timelines: Sequence[_Rows],
+        vector: NDArray[np.float32],
+        taken: NDArray[np.bool_],
+    ) -> None:
+        self._shards, self._timelines, self._vector = shards, timelines, vector
+        self._taken = taken
+        self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
+        self._known = np.zeros(len(taken), bool)
+        self._scores = np.zeros(len(taken), np.float32)
 
-    def within(self, lowest: int, highest: int) -> Callable[[int, int], NDArray[np.float32]]:
-        """What gives the scores of rows i … j − 1 of the shot with rows lowest … highest − 1."""
-        if highest - lowest > SHOT_ROWS:
-            return self._scores
-        if lowest not in self._known:
-            self._known[lowest] = self._scores(lowest, highest)
-        known = self._known[lowest]
-        return lambda first, stop: known[first - lowest : stop - lowest]
+    def __call__(self, rows: NDArray[np.int64]) -> Scored:
+        """Of rows (n,), ascending."""
+        new = rows[~self._known[rows]]
+        for part, at, mine in self._by_shard(new):
+            self._scores[new[at]] = self._shards[part].score(self._vector, mine)
+        self._known[new] = True
+        start_s, end_s = np.empty(len(rows)), np.empty(len(rows))
+        for part, at, mine in self._by_shard(rows):
+            start_s[at] = self._timelines[part].start_s[mine]
+            end_s[at] = self._timelines[part].end_s[mine]
+        return Scored(self._scores[rows], start_s, end_s, self._taken[rows])
+
+    def shots(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The first row (n,) of the shots of rows (n,), in any order, and the row after their last."""
+        lowest, highest = np.empty_like(rows), np.empty_like(rows)
+        order = np.argsort(rows)
+        for part, at, mine in self._by_shard(rows[order]):
+            shot = self._timelines[part].shot
+            lowest[order[at]] = self._starts[part] + np.searchsorted(shot, shot[mine])
+            highest[order[at]] = self._starts[part] + np.searchsorted(shot, shot[mine], "right")
+        return lowest, highest
+
+    def _by_shard(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, slice, NDArray[np.int64]]]:
+        """(shard, which of the rows, these counted within it) for each shard of some rows (n,),
+        ascending."""
+        for part, (first, stop) in enumerate(pairwise(np.searchsorted(rows, self._starts))):
+            if first < stop:
+                yield part, slice(first, stop), rows[first:stop] - self._starts[part]
 
 
 def _shots(video: NDArray[np.int32], rows: pa.Table) -> NDArray[np.int64]:
@@ -645,15 +658,3 @@ def _times_more(scores: Scores, least: float) -> float:
     fall = max(float(scores[len(scores) // 2] - scores[-1]), 1e-6)
     doublings = (float(scores[-1]) - least) / fall
     return float(2 ** min(max(doublings, 1.0), 4.0))
-
-
-def _next_free(
-    taken: NDArray[np.bool_], rows: NDArray[np.int64], place: int, piece: int = 128
-) -> int:
-    """The first place at or after `place` whose row no segment has taken, len(rows) if there is none."""
-    while place < len(rows):
-        free = ~taken[rows[place : place + piece]]
-        if free.any():
-            return place + int(free.argmax())
-        place += piece
-    return len(rows)
