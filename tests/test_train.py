@@ -10,11 +10,15 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 import torch.nn.functional as F
+from ray.exceptions import ActorUnavailableError
+from ray.train import ControllerError
 from ray.util.placement_group import placement_group_table
 from records import span
 
+import vsearch.train
 from vsearch import runtime
 from vsearch.config import CorpusConfig, Encoder, TrainConfig
 from vsearch.corpus import Corpus, newest_projector
@@ -143,3 +147,36 @@ def test_a_controller_that_dies_while_its_workers_start_leaves_nothing_reserved(
         assert training.result(timeout=300).new
     states = {name: group["state"] for name, group in placement_group_table().items()}
     assert all(states[name] == "REMOVED" for name in groups)
+
+
+@ray.remote
+def fail(failure):
+    raise ControllerError(failure)  # as Ray's controller does
+
+
+class FailsFirst:
+    """In place of the task that trains: fails the first time."""
+
+    def __init__(self, failure, task):
+        self.failure, self.task, self.calls = failure, task, 0
+
+    def remote(self, training):
+        self.calls += 1
+        return fail.remote(self.failure) if self.calls == 1 else self.task.remote(training)
+
+
+@pytest.mark.long
+def test_a_training_goes_on_when_a_worker_goes_while_it_starts(tmp_path, monkeypatch):
+    """Ray's controller ends with it, unlike with one that goes later."""
+    corpus = Corpus(str(tmp_path))
+    corpus.require(CONFIG)
+    add_footage(corpus, [f"old{i:02d}" for i in range(30)], centre=0.0)
+    task = vsearch.train._fit
+    first = FailsFirst(ActorUnavailableError("its node is not there", b"1" * 16), task)
+    monkeypatch.setattr("vsearch.train._fit", first)
+    assert train(corpus.url, SMALL).new and first.calls == 2
+    other = FailsFirst(ValueError("something else"), task)
+    monkeypatch.setattr("vsearch.train._fit", other)
+    with pytest.raises(ControllerError, match="something else"):
+        train(corpus.url, replace(SMALL, max_epochs=41))
+    assert other.calls == 1

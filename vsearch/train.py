@@ -26,12 +26,18 @@ import ray.train
 from numpy.typing import NDArray
 from ray import PlacementGroupID
 from ray.exceptions import (
-    ActorDiedError,
     NodeDiedError,
     OutOfMemoryError,
+    RayActorError,
     WorkerCrashedError,
 )
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group_table,
@@ -54,6 +60,9 @@ CHECKPOINT_EVERY_S = 30.0
 NODES_LOST = 10
 """A training goes on at its last checkpoint when so many nodes went away; those that Ray was told of
 in time do not count."""
+
+WENT_AWAY = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+"""What Ray says of a process that is no longer there, or that cannot be reached."""
 
 VALIDATION_PAIRS = 2000
 """The metrics are taken on at most this many pairs a worker, spread evenly over its videos; as many are
@@ -159,13 +168,16 @@ def train(
 
 
 def _fit_to_the_end(training: dict[str, Any]) -> None:
-    """Runs a training again where what controls it goes away."""
+    """Runs a training again where what controls it goes away, or a worker while it starts: with that
+    Ray's controller does not deal.
+    """
     known = set(placement_group_table())
     for lost in range(NODES_LOST + 1):
         try:
             return ray.get(_fit.remote(training))
-        except (ActorDiedError, NodeDiedError, OutOfMemoryError, WorkerCrashedError):
-            if lost == NODES_LOST:
+        except (*WENT_AWAY, ControllerError) as error:
+            cause = error.controller_failure if isinstance(error, ControllerError) else error
+            if lost == NODES_LOST or not isinstance(cause, WENT_AWAY):
                 raise
             _free_placement_groups(known)
 
