@@ -269,9 +269,14 @@ def short_of(folder: Path, path: Path) -> Path:
 
 
 def whole_file(path: str) -> tuple[str, tuple[int, ...]]:
-    """Decodes a file into shared memory: its name, and the shape of what lies in it."""
+    """Decodes a file into shared memory: its name, and the shape of what lies in it. Of each frame it is
+    the middle square: only equal shapes can be joined.
+    """
     with open(path, "rb") as file:
         pixels = np.concatenate([s.pixels for s in decode(file, probe(file), INPUT_PX, threads=1)])
+    _, height, width, _ = pixels.shape
+    top, left = (height - INPUT_PX) // 2, (width - INPUT_PX) // 2
+    pixels = pixels[:, top : top + INPUT_PX, left : left + INPUT_PX]
     shared = SharedMemory(create=True, size=pixels.nbytes)
     np.frombuffer(shared.buf, np.uint8, pixels.size)[:] = pixels.reshape(-1)
     shared.close()

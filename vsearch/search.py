@@ -471,46 +471,21 @@ class Engine:
         sight = _Sight(self.index.shards, self._timelines, vector, taken)
         masks = None if where is None and self._all_live else allowed
         least = -math.inf if min_score is None else min_score
-        wanted = limit + 1  # one more tells whether there are more
-        nothing = np.zeros(0, np.int64)
-        found = [Stretches(nothing, nothing, nothing, np.zeros(0))]
-        best = np.zeros(0)  # the scores of the best `wanted`, ascending
+        # One more than asked for tells whether there are more.
+        grown = _Grown(sight, background, max_gap_s, least, limit + 1)
         hits = FIRST_HITS
         while rows_left:
             scores, parts, rows = self.index.search(vector, hits, masks, took_s)
-            places = starts[parts] + rows
-            first, size = 0, FIRST_PEAKS
-            while first < len(scores):
-                piece = slice(first, first + size)
-                # A segment's score is a mean, so no more than its peak: weaker peaks cannot matter.
-                bar = best[0] if len(best) == wanted else -math.inf
-                matter = ~taken[places[piece]] & (scores[piece] >= least) & (scores[piece] > bar)
-                peaks = places[piece][matter]
-                if len(peaks):
-                    # In one shot each peak depends on what the stronger ones have taken.
-                    lowest, highest = sight.shots(peaks)
-                    lowest, strongest = np.unique(lowest, return_index=True)
-                    bounds = peaks[strongest], lowest, highest[strongest]
-                    found.append(grow(*bounds, sight, background, max_gap_s))
-                    taken[ranges(found[-1].first, found[-1].last + 1)[0]] = True
-                    best = np.sort(np.append(best, np.round(found[-1].score, 6)))[-wanted:]
-                else:
-                    first, size = first + size, 2 * size
+            grown.add(starts[parts] + rows, scores)
             # Many hits may lie in few segments, and a segment may score less than a hit that was not
             # fetched: ask for more until neither matters, or there are no more.
-            bar = best[0] if len(best) == wanted else -math.inf
-            if (len(scores) and (scores[-1] < least or scores[-1] <= bar)) or hits >= rows_left:
+            if hits >= rows_left or (len(scores) and not grown.may_be_peak(scores[-1:])[0]):
                 break
-            hits = math.ceil(hits * _times_more(scores, max(least, bar)))
-        first_rows, last_rows, peaks, exact = (np.concatenate(v) for v in zip(*found, strict=True))
-        score = np.round(exact, 6)
-        order = np.lexsort([first_rows, -score])[: np.count_nonzero(score >= least)]
-        segments = tuple(
-            self._segment(starts, first_rows[i], last_rows[i], peaks[i], score[i], windows)
-            for i in order[:limit]
-        )
+            hits = math.ceil(hits * _times_more(scores, max(least, grown.bar)))
+        best = grown.best()
+        segments = tuple(self._segment(starts, *one, windows) for one in best[:limit])
         took_s["group"] = time.perf_counter() - began - sum(took_s.values())
-        return Found(segments, len(order) > limit, took_s)
+        return Found(segments, len(best) > limit, took_s)
 
     def _allowed(self, windows: tuple[Seconds, Seconds]) -> list[NDArray[np.bool_]]:
         """For each shard, the rows (n,) that count and overlap the window of their video."""
@@ -595,7 +570,9 @@ class Engine:
 
 
 class _Sight:
-    """What one query sees of rows, which are counted over all shards. Exact scores are computed once."""
+    """What one query sees of rows, which are counted over all shards. Exact scores are computed once;
+    `taken` (rows,) is true where a row is not admitted, or belongs to a segment.
+    """
 
     def __init__(
         self,
@@ -605,7 +582,7 @@ class _Sight:
         taken: NDArray[np.bool_],
     ) -> None:
         self._shards, self._timelines, self._vector = shards, timelines, vector
-        self._taken = taken
+        self.taken = taken
         self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
         self._known = np.zeros(len(taken), bool)
         self._scores = np.zeros(len(taken), np.float32)
@@ -620,7 +597,7 @@ class _Sight:
         for part, at, mine in self._by_shard(rows):
             start_s[at] = self._timelines[part].start_s[mine]
             end_s[at] = self._timelines[part].end_s[mine]
-        return Scored(self._scores[rows], start_s, end_s, self._taken[rows])
+        return Scored(self._scores[rows], start_s, end_s, self.taken[rows])
 
     def shots(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The first row (n,) of the shots of rows (n,), in any order, and the row after their last."""
@@ -638,6 +615,58 @@ class _Sight:
         for part, (first, stop) in enumerate(pairwise(np.searchsorted(rows, self._starts))):
             if first < stop:
                 yield part, slice(first, stop), rows[first:stop] - self._starts[part]
+
+
+class _Grown:
+    """The segments around the hits of a query, of which the best `wanted` are asked for that score
+    `least` or more.
+    """
+
+    def __init__(
+        self, sight: _Sight, background: float, max_gap_s: float, least: float, wanted: int
+    ) -> None:
+        self._sight, self._background, self._max_gap_s = sight, background, max_gap_s
+        self._least, self._wanted = least, wanted
+        nothing = np.zeros(0, np.int64)
+        self._found = [Stretches(nothing, nothing, nothing, np.zeros(0))]
+        self._best = np.zeros(0)  # the scores of the best `wanted`, ascending
+
+    @property
+    def bar(self) -> float:
+        """The score of the last of the `wanted`; −inf as long as there are fewer."""
+        return float(self._best[0]) if len(self._best) == self._wanted else -math.inf
+
+    def may_be_peak(self, scores: Scores) -> NDArray[np.bool_]:
+        """Whether rows with these scores (n,) can be peaks of what is wanted: the score of a segment
+        is a mean, and so no more than its peak."""
+        return (scores >= self._least) & (scores > self.bar)
+
+    def add(self, rows: NDArray[np.int64], scores: Scores) -> None:
+        """What is around rows (n,) with these scores, best first."""
+        first, size = 0, FIRST_PEAKS
+        while first < len(rows):
+            piece = slice(first, first + size)
+            peaks = rows[piece][~self._sight.taken[rows[piece]] & self.may_be_peak(scores[piece])]
+            if not len(peaks):
+                first, size = first + size, 2 * size
+                continue
+            # In one shot each peak depends on what the stronger ones have taken.
+            lowest, highest = self._sight.shots(peaks)
+            lowest, strongest = np.unique(lowest, return_index=True)
+            bounds = peaks[strongest], lowest, highest[strongest]
+            new = grow(*bounds, self._sight, self._background, self._max_gap_s)
+            new = new._replace(score=np.round(new.score, 6))
+            self._sight.taken[ranges(new.first, new.last + 1)[0]] = True
+            self._found.append(new)
+            self._best = np.sort(np.append(self._best, new.score))[-self._wanted :]
+
+    def best(self) -> list[tuple[int, int, int, float]]:
+        """(first row, last row, peak, score) of those that score enough, best first, of equals the first
+        in the archive."""
+        first, last, peak, score = (np.concatenate(v) for v in zip(*self._found, strict=True))
+        order = np.lexsort([first, -score])[: np.count_nonzero(score >= self._least)]
+        values = (column[order].tolist() for column in (first, last, peak, score))
+        return list(zip(*values, strict=True))
 
 
 def _shots(video: NDArray[np.int32], rows: pa.Table) -> NDArray[np.int64]:
