@@ -111,12 +111,11 @@ def test_where_nothing_is_up_yet_an_encoder_asks_for_what_it_needs() -> None:
 
 
 @given(MACHINES.filter(lambda node: node.cpus and not node.gpus))
-def test_on_one_machine_every_second_core_gets_an_encoder_if_the_memory_allows(
-    node: Node,
-) -> None:
+def test_on_one_machine_each_core_gets_an_encoder_or_a_thread_of_one(node: Node) -> None:
     plan = plan_ingest([node], Limits())
-    assert plan.encoders == max(1, min(node.cpus // 2, node.memory // (3 * GIB)))
-    assert plan.fewest_encoders == plan.most_encoders == plan.encoders
+    assert plan.most_encoders == max(1, min(node.cpus, node.memory // (3 * GIB)))
+    assert plan.most_encoders * plan.encoder_threads <= node.cpus
+    assert node.cpus < plan.most_encoders * (plan.encoder_threads + 1)
     assert plan.encoder_memory == min(3 * GIB, node.memory // 2)
     assert plan.decoders == node.cpus
 
@@ -177,7 +176,7 @@ def test_what_a_stage_runs_on_is_one_line() -> None:
     assert ingest_words(nodes, one, None) == ("3 nodes: 10 cores for decoding, 1 GPU for embedding")
     alone = [Node("a", cpus=2, memory=16 * GIB)]
     assert ingest_words(alone, plan_ingest(alone, Limits()), None) == (
-        "1 node: 2 cores for decoding, 1 encoder on the same cores, batch 128"
+        "1 node: 2 cores for decoding, up to 2 encoders on the same cores, batch 128"
     )
     assert train_words(nodes, 2, 1, on_gpus=True) == "3 nodes: 2 workers with a GPU each"
     assert train_words(alone, 1, 2, on_gpus=False) == "1 node: 1 worker with 2 cores"

@@ -340,7 +340,12 @@ def _embed(
         )
         .map_batches(  # 1 : 1
             _Embedder,
-            fn_constructor_args=(config, None if plan.encoder_gpus else "cpu", limits.batch),
+            fn_constructor_args=(
+                config,
+                None if plan.encoder_gpus else "cpu",
+                limits.batch,
+                plan.encoder_threads,
+            ),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
@@ -362,7 +367,8 @@ def _embed(
             **anywhere(nodes),
         )
     )
-    progress = replace(progress, decoders=plan.decoders, encoders=plan.encoders)
+    encoders = plan.encoders if plan.encoder_gpus else plan.most_encoders
+    progress = replace(progress, decoders=plan.decoders, encoders=encoders)
     for batch in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
         unread += batch["problem"].drop_null().to_pylist()
         videos = batch["video_id"].drop_null().to_pylist()
@@ -510,12 +516,15 @@ def _spans_of(
 
 
 class _Embedder:
-    """The actor that holds both encoders."""
+    """The actor that holds both encoders. Without a GPU they compute in so many `threads`."""
 
-    def __init__(self, config: CorpusConfig, device: str | None, batch: int | None) -> None:
+    def __init__(
+        self, config: CorpusConfig, device: str | None, batch: int | None, threads: int
+    ) -> None:
         # Imported here: the workers that probe, decode and store do without torch.
         from vsearch.encoders import Encoders
 
+        self._threads = threads
         names = EncoderNames(config.dino.model, config.clip.model)
         self._encoders = Encoders(names, device, batch)
         for part in ("dino", "clip"):
@@ -528,6 +537,10 @@ class _Embedder:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The same rows with vectors in place of pixels."""
+        import torch
+
+        # Ray has set it to 1. It counts for the thread that sets it, and this is not that of `__init__`.
+        torch.set_num_threads(self._threads)
         rows = batch.select(["problem", "record", "pts_s", "picture"]).to_pylist()
         for i, row in enumerate(rows):
             if row["problem"] is not None:

@@ -90,7 +90,8 @@ def gpu_batch(memory: int) -> int:
 class IngestPlan:
     """How an ingest is spread. `decoders` tasks of one core can run at once on the nodes that are alive.
     The pool of encoders begins with `encoders` and keeps between `fewest_encoders` and `most_encoders`;
-    each takes `encoder_gpus` (0 or 1), `encoder_cpus` (0 or 1) and `encoder_memory` bytes.
+    each takes `encoder_gpus` (0 or 1), `encoder_cpus` (0 or 1) and `encoder_memory` bytes, and computes
+    in `encoder_threads` where it has no GPU.
     """
 
     decoders: int
@@ -100,6 +101,7 @@ class IngestPlan:
     encoder_gpus: int
     encoder_cpus: int
     encoder_memory: int
+    encoder_threads: int
 
 
 def plan_ingest(nodes: Sequence[Node], limits: Limits) -> IngestPlan:
@@ -126,22 +128,26 @@ def _encoders_on_gpus(nodes: Sequence[Node], alive: int, most: int) -> IngestPla
         encoder_gpus=1,
         encoder_cpus=int(roomy),
         encoder_memory=min([EMBEDDER_MEMORY_BYTES, *fit]),
+        encoder_threads=1,
     )
 
 
 def _encoders_on_cores(nodes: Sequence[Node]) -> IngestPlan:
-    fit = sum(min(node.cpus // 2, node.memory // EMBEDDER_MEMORY_BYTES) for node in nodes)
-    encoders = max(1, fit)
+    # One a core, where memory allows: with small models several keep the cores busier than the threads of
+    # one, which wait for each other. The second half is started when there is a backlog. What waits does
+    # not decode, so decoding and embedding share the cores as they need them.
+    most = max(1, sum(min(node.cpus, node.memory // EMBEDDER_MEMORY_BYTES) for node in nodes))
     sizes = [node.memory for node in nodes if node.works] or [2 * EMBEDDER_MEMORY_BYTES]
     return IngestPlan(
         decoders=1,
-        fewest_encoders=1 if len(nodes) > 1 else encoders,
-        encoders=encoders,
-        most_encoders=encoders,
+        fewest_encoders=1,
+        encoders=max(1, most // 2),
+        most_encoders=most,
         encoder_gpus=0,
         # No core is set aside: on what is left when a node goes away, they could take them all.
         encoder_cpus=0,
         encoder_memory=min(EMBEDDER_MEMORY_BYTES, max(sizes) // 2),
+        encoder_threads=max(1, sum(node.cpus for node in nodes) // most),
     )
 
 
@@ -184,7 +190,7 @@ def ingest_words(
     decoding = f"{_count(nodes)}: {_number(plan.decoders, 'core')} for decoding"
     alive = sum(node.gpus for node in nodes)
     if not plan.encoder_gpus:
-        encoding = f"{_number(plan.encoders, 'encoder')} on the same cores"
+        encoding = f"up to {_number(plan.most_encoders, 'encoder')} on the same cores"
         if len(nodes) > 1 and not alive:
             encoding += " (no GPU is up: --gpus N if the cluster can start some)"
         return f"{decoding}, {encoding}, batch {batch or CPU_BATCH}"
