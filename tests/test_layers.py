@@ -17,14 +17,14 @@ WITHOUT_RAY = [
     "snapshots", "filters", "verify", "parts", "keys", "clips", "exports", "pictures", "query", "api",
     "guard", "media", "versions", "service", "routes", "sizing", "placement", "buckets", "tasks", "laws",
     "plan", "scoring", "qvhighlights", "fusion", "spaces", "report", "confidence", "drift", "gallery",
-    "packed",
+    "packed", "segments",
 ]  # fmt: skip
 STAGES = {"ingest", "train", "build_index", "serve"}
 ORDER = [
     "config", "placement", "keys", "query", "confidence", "schema", "sampling", "storage", "buckets",
     "sources", "video", "clips", "decoder", "coverage", "corpus", "probing", "tasks", "laws", "plan",
     "packed", "encoders", "projector", "drift", "fusion", "pictures", "moments", "sizing", "index",
-    "recall", "snapshots", "filters", "gallery", "search", "exports", "scoring", "evaluate",
+    "recall", "snapshots", "filters", "gallery", "segments", "search", "exports", "scoring", "evaluate",
     "qvhighlights", "verify", "parts", "spaces", "report", "api", "guard", "media", "versions", "service",
     "routes", "runtime", "submit",
 ]  # fmt: skip

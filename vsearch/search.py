@@ -6,12 +6,11 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -26,8 +25,9 @@ from vsearch.corpus import Corpus
 from vsearch.filters import Filter, Seconds
 from vsearch.gallery import gallery
 from vsearch.index import Index, Shard, one_thread
-from vsearch.moments import Moments, Scored, Scores, Stretches, clock, grow, ranges
+from vsearch.moments import Moments, clock
 from vsearch.query import Term, compose, described, terms_of
+from vsearch.segments import Grown, ShardRows, Sight, times_more
 from vsearch.sizing import Setting
 from vsearch.snapshots import Snapshots
 
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from vsearch.pictures import PictureEncoder
 
 FIRST_HITS = 200
-FIRST_PEAKS = 64
-"""So many of the best hits are looked at first, and then twice as many each time."""
 SAMPLED_ROWS = 4096
 """So many rows tell how far the scores of a query spread."""
 
@@ -188,23 +186,6 @@ def shown(
     told = sure(segments, scale, min_confidence)
     hidden = len(segments) - len(told)
     return Shown(told, more and not hidden, hidden, more and hidden > 0)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of a shard. `video` (n,) int32, ascending, is the place of a row's video in the shard,
-    `shot` (n,) int64, ascending, another for each shot of each video; `numbers` (videos,) that video's in
-    the snapshot, −1 if its rows count no longer; `start_s`, `end_s`, `best_s` (n,) are as a player shows
-    them; `frames` (n,) int32 how many a row stands for.
-    """
-
-    video: NDArray[np.int32]
-    shot: NDArray[np.int64]
-    numbers: NDArray[np.int64]
-    start_s: NDArray[np.float64]
-    end_s: NDArray[np.float64]
-    best_s: NDArray[np.float64]
-    frames: NDArray[np.int32]
 
 
 class Engine:
@@ -464,26 +445,23 @@ class Engine:
         windows = (where or Filter()).windows(self.videos)
         allowed = self._allowed(windows) if where else self._live
         rows_left = sum(int(np.count_nonzero(mask)) for mask in allowed)
-        taken = np.zeros(self.index.rows, bool)
-        starts = np.cumsum([0, *(len(mask) for mask in allowed)])
-        for (first, stop), mask in zip(pairwise(starts), allowed, strict=True):
-            np.logical_not(mask, out=taken[first:stop])
-        sight = _Sight(self.index.shards, self._timelines, vector, taken)
+        taken = ~np.concatenate([np.zeros(0, bool), *allowed])
+        sight = Sight(self.index.shards, self._timelines, vector, taken)
         masks = None if where is None and self._all_live else allowed
         least = -math.inf if min_score is None else min_score
         # One more than asked for tells whether there are more.
-        grown = _Grown(sight, background, max_gap_s, least, limit + 1)
+        grown = Grown(sight, background, max_gap_s, least, limit + 1)
         hits = FIRST_HITS
         while rows_left:
             scores, parts, rows = self.index.search(vector, hits, masks, took_s)
-            grown.add(starts[parts] + rows, scores)
+            grown.add(sight.starts[parts] + rows, scores)
             # Many hits may lie in few segments, and a segment may score less than a hit that was not
             # fetched: ask for more until neither matters, or there are no more.
             if hits >= rows_left or (len(scores) and not grown.may_be_peak(scores[-1:])[0]):
                 break
-            hits = math.ceil(hits * _times_more(scores, max(least, grown.bar)))
+            hits = math.ceil(hits * times_more(scores, max(least, grown.bar)))
         best = grown.best()
-        segments = tuple(self._segment(starts, *one, windows) for one in best[:limit])
+        segments = tuple(self._segment(sight.starts, *one, windows) for one in best[:limit])
         took_s["group"] = time.perf_counter() - began - sum(took_s.values())
         return Found(segments, len(best) > limit, took_s)
 
@@ -518,7 +496,7 @@ class Engine:
             start_s=round(start_s, 6),
             end_s=round(end_s, 6),
             best_s=round(best_s, 6),
-            score=round(float(score), 6),
+            score=score,
             recorded_at=recorded_at.isoformat(),
             video_id=video["video_id"],
         )
@@ -539,7 +517,7 @@ class Engine:
         clip = self.encoder if projector is None or alpha is not None else None
         return PictureEncoder(self.corpus, projector, clip, alpha)
 
-    def _load(self, number: int, known: dict[str, Shard]) -> tuple[Shard, _Rows]:
+    def _load(self, number: int, known: dict[str, Shard]) -> tuple[Shard, ShardRows]:
         entry = self.manifest["shards"][number]
         path = self._snapshots.path
         codes = entry["codes_file"]
@@ -566,107 +544,7 @@ class Engine:
         )
         frames = rows["frames"].to_numpy()
         shots = _shots(video, rows)
-        return shard, _Rows(video, shots, numbers, start_s, end_s, best_s, frames)
-
-
-class _Sight:
-    """What one query sees of rows, which are counted over all shards. Exact scores are computed once;
-    `taken` (rows,) is true where a row is not admitted, or belongs to a segment.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        timelines: Sequence[_Rows],
-        vector: NDArray[np.float32],
-        taken: NDArray[np.bool_],
-    ) -> None:
-        self._shards, self._timelines, self._vector = shards, timelines, vector
-        self.taken = taken
-        self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
-        self._known = np.zeros(len(taken), bool)
-        self._scores = np.zeros(len(taken), np.float32)
-
-    def __call__(self, rows: NDArray[np.int64]) -> Scored:
-        """Of rows (n,), ascending."""
-        new = rows[~self._known[rows]]
-        for part, at, mine in self._by_shard(new):
-            self._scores[new[at]] = self._shards[part].score(self._vector, mine)
-        self._known[new] = True
-        start_s, end_s = np.empty(len(rows)), np.empty(len(rows))
-        for part, at, mine in self._by_shard(rows):
-            start_s[at] = self._timelines[part].start_s[mine]
-            end_s[at] = self._timelines[part].end_s[mine]
-        return Scored(self._scores[rows], start_s, end_s, self.taken[rows])
-
-    def shots(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The first row (n,) of the shots of rows (n,), in any order, and the row after their last."""
-        lowest, highest = np.empty_like(rows), np.empty_like(rows)
-        order = np.argsort(rows)
-        for part, at, mine in self._by_shard(rows[order]):
-            shot = self._timelines[part].shot
-            lowest[order[at]] = self._starts[part] + np.searchsorted(shot, shot[mine])
-            highest[order[at]] = self._starts[part] + np.searchsorted(shot, shot[mine], "right")
-        return lowest, highest
-
-    def _by_shard(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, slice, NDArray[np.int64]]]:
-        """(shard, which of the rows, these counted within it) for each shard of some rows (n,),
-        ascending."""
-        for part, (first, stop) in enumerate(pairwise(np.searchsorted(rows, self._starts))):
-            if first < stop:
-                yield part, slice(first, stop), rows[first:stop] - self._starts[part]
-
-
-class _Grown:
-    """The segments around the hits of a query, of which the best `wanted` are asked for that score
-    `least` or more.
-    """
-
-    def __init__(
-        self, sight: _Sight, background: float, max_gap_s: float, least: float, wanted: int
-    ) -> None:
-        self._sight, self._background, self._max_gap_s = sight, background, max_gap_s
-        self._least, self._wanted = least, wanted
-        nothing = np.zeros(0, np.int64)
-        self._found = [Stretches(nothing, nothing, nothing, np.zeros(0))]
-        self._best = np.zeros(0)  # the scores of the best `wanted`, ascending
-
-    @property
-    def bar(self) -> float:
-        """The score of the last of the `wanted`; −inf as long as there are fewer."""
-        return float(self._best[0]) if len(self._best) == self._wanted else -math.inf
-
-    def may_be_peak(self, scores: Scores) -> NDArray[np.bool_]:
-        """Whether rows with these scores (n,) can be peaks of what is wanted: the score of a segment
-        is a mean, and so no more than its peak."""
-        return (scores >= self._least) & (scores > self.bar)
-
-    def add(self, rows: NDArray[np.int64], scores: Scores) -> None:
-        """What is around rows (n,) with these scores, best first."""
-        first, size = 0, FIRST_PEAKS
-        while first < len(rows):
-            piece = slice(first, first + size)
-            peaks = rows[piece][~self._sight.taken[rows[piece]] & self.may_be_peak(scores[piece])]
-            if not len(peaks):
-                first, size = first + size, 2 * size
-                continue
-            # In one shot each peak depends on what the stronger ones have taken.
-            lowest, highest = self._sight.shots(peaks)
-            lowest, strongest = np.unique(lowest, return_index=True)
-            bounds = peaks[strongest], lowest, highest[strongest]
-            new = grow(*bounds, self._sight, self._background, self._max_gap_s)
-            new = new._replace(score=np.round(new.score, 6))
-            self._sight.taken[ranges(new.first, new.last + 1)[0]] = True
-            self._found.append(new)
-            self._best = np.sort(np.append(self._best, new.score))[-self._wanted :]
-
-    def best(self) -> list[tuple[int, int, int, float]]:
-        """(first row, last row, peak, score) of those that score enough, best first, of equals the first
-        in the archive."""
-        first, last, peak, score = (np.concatenate(v) for v in zip(*self._found, strict=True))
-        order = np.lexsort([first, -score])[: np.count_nonzero(score >= self._least)]
-        values = (column[order].tolist() for column in (first, last, peak, score))
-        return list(zip(*values, strict=True))
+        return shard, ShardRows(video, shots, numbers, start_s, end_s, best_s, frames)
 
 
 def _shots(video: NDArray[np.int32], rows: pa.Table) -> NDArray[np.int64]:
@@ -676,14 +554,3 @@ def _shots(video: NDArray[np.int32], rows: pa.Table) -> NDArray[np.int64]:
         shot = rows["shot"].to_numpy()
         begins |= np.diff(shot, prepend=shot[:1]) != 0
     return np.cumsum(begins, dtype=np.int64)
-
-
-def _times_more(scores: Scores, least: float) -> float:
-    """How many times as many hits to ask for, where `scores` (n,), best first, end above `least`: 2 to 16.
-    They fall about equally with each doubling of their number. 4, where nothing is known of `least`.
-    """
-    if not len(scores) or least == -math.inf:
-        return 4
-    fall = max(float(scores[len(scores) // 2] - scores[-1]), 1e-6)
-    doublings = (float(scores[-1]) - least) / fall
-    return float(2 ** min(max(doublings, 1.0), 4.0))
