@@ -36,9 +36,10 @@ from vsearch.config import TrainConfig
 from vsearch.corpus import Corpus, vector_matrix
 from vsearch.encoders import ClipEncoder
 from vsearch.evaluate import read_queries
+from vsearch.learning import warm_cosine
 from vsearch.parts import SENTENCES
 from vsearch.projector import Projector, paired_metrics, projection_loss
-from vsearch.train import FINE_TUNING, warm_cosine
+from vsearch.train import FINE_TUNING
 
 PARTS = ("ablation", "content", "prompts")
 APART = 8

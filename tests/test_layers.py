@@ -26,7 +26,7 @@ ORDER = [
     "packed", "encoders", "projector", "drift", "fusion", "pictures", "moments", "sizing", "index",
     "recall", "snapshots", "filters", "gallery", "segments", "search", "exports", "scoring", "evaluate",
     "qvhighlights", "verify", "parts", "spaces", "report", "api", "guard", "media", "versions", "service",
-    "routes", "runtime", "submit",
+    "routes", "runtime", "learning", "submit",
 ]  # fmt: skip
 FLOORS = [*({name} for name in ORDER), STAGES, {"demo"}, {"show"}, {"cli"}]
 ABOVE = {

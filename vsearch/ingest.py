@@ -349,7 +349,7 @@ def _embed(
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
-                min_size=plan.fewest_encoders,
+                min_size=1,
                 max_size=plan.most_encoders,
                 initial_size=plan.encoders,
             ),

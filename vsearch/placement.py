@@ -89,13 +89,12 @@ def gpu_batch(memory: int) -> int:
 @dataclass(frozen=True)
 class IngestPlan:
     """How an ingest is spread. `decoders` tasks of one core can run at once on the nodes that are alive.
-    The pool of encoders begins with `encoders` and keeps between `fewest_encoders` and `most_encoders`;
+    The pool of encoders begins with `encoders` and keeps between one and `most_encoders`;
     each takes `encoder_gpus` (0 or 1), `encoder_cpus` (0 or 1) and `encoder_memory` bytes, and computes
     in `encoder_threads` where it has no GPU.
     """
 
     decoders: int
-    fewest_encoders: int
     encoders: int
     most_encoders: int
     encoder_gpus: int
@@ -122,7 +121,6 @@ def _encoders_on_gpus(nodes: Sequence[Node], alive: int, most: int) -> IngestPla
     fit = (node.memory // (2 * node.gpus) for node in with_gpus)
     return IngestPlan(
         decoders=1,
-        fewest_encoders=1,
         encoders=max(1, min(alive, most)),
         most_encoders=most,
         encoder_gpus=1,
@@ -140,7 +138,6 @@ def _encoders_on_cores(nodes: Sequence[Node]) -> IngestPlan:
     sizes = [node.memory for node in nodes if node.works] or [2 * EMBEDDER_MEMORY_BYTES]
     return IngestPlan(
         decoders=1,
-        fewest_encoders=1,
         encoders=max(1, most // 2),
         most_encoders=most,
         encoder_gpus=0,
