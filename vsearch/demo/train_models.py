@@ -3,18 +3,21 @@ real ones: an open_clip folder and a transformers folder.
 
     python -m vsearch.demo.train_models --out vsearch/demo/models
 
-Half of the scenes are easy and half are hard. CLIP learns from captioned frames. DINO never sees a word:
-two frames of one scene must agree (NT-Xent, Chen et al. 2020, arXiv:2002.05709) and linear heads must
-name kinds, colours, setting and number of what the generator drew; the heads are thrown away. Pairs for
-which `held_out` is true are never drawn in training.
+Some scenes are easy, most are hard. CLIP learns from captioned frames. DINO never sees a word: two frames
+of one scene must agree (NT-Xent, Chen et al. 2020, arXiv:2002.05709). Of both, linear heads must name what
+the generator drew: of each cell of the frame the kind and colour that cover it, of the whole the kinds,
+colours, setting, number and light; the heads are thrown away. Pairs for which `held_out` is true are never
+drawn in training.
 """
 
 import argparse
 import json
+import os
 import time
-from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +43,33 @@ from vsearch.demo.sentences import (
 )
 from vsearch.demo.training_pictures import SEEN, Pictures, draw_pictures
 
-CLIP_PX, DINO_PX = 64, 64
+PX = 96
+"""What both models see, in pixels a side."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HARD_SHARE = 0.65
+"""Of the scenes that are drawn for training."""
 MOST = 6
 """So many objects and more are one class of number."""
+CLASSES = {
+    "kind": len(KINDS),
+    "colour": len(COLOURS),
+    "setting": len(SETTINGS),
+    "count": MOST + 1,
+    "light": 1,
+}
+UNKNOWN = -100
+"""The class of a cell of which nothing is asked."""
+NOTHING_WEIGHT = 0.2
+"""What a cell counts that nothing covers, as most do."""
 CLIP_CONFIG: dict[str, Any] = {
-    "embed_dim": 128,
-    "vision_cfg": {"image_size": CLIP_PX, "layers": [1, 1, 2, 1], "width": 24, "patch_size": None},
-    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 80, "heads": 4, "layers": 3},
+    "embed_dim": 192,
+    "vision_cfg": {"image_size": PX, "layers": [1, 2, 3, 1], "width": 16, "patch_size": None},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 96, "heads": 4, "layers": 3},
 }
 DINO_CONFIG: dict[str, Any] = {
-    "hidden_sizes": [48, 96, 192, 256],
-    "depths": [2, 3, 3, 1],
-    "image_size": DINO_PX,
+    "hidden_sizes": [32, 64, 192, 256],
+    "depths": [1, 2, 4, 1],
+    "image_size": PX,
     "layer_scale_init_value": 1.0,
 }
 
@@ -96,6 +113,96 @@ def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sc
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.08)
 
 
+class Heads(nn.Module):
+    """Linear heads that name what the generator drew, from maps of the second and third stage (stride 8
+    and 16) and from the vector of the whole frame."""
+
+    def __init__(self, second: int, third: int, width: int) -> None:
+        super().__init__()
+        self.whole = nn.ModuleDict({name: nn.Linear(width, n) for name, n in CLASSES.items()})
+        self.cells = nn.ModuleDict(
+            {
+                f"{name}{stage}": nn.Sequential(
+                    nn.GroupNorm(1, channels), nn.Conv2d(channels, CLASSES[name] + 1, 1)
+                )
+                for stage, channels in ((2, second), (3, third))
+                for name in ("kind", "colour")
+            }
+        )
+
+    def losses(
+        self, maps: dict[int, Tensor], whole: Tensor, asked: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Of `maps` {2: (n, c, CELLS, CELLS), 3: (n, c, CELLS / 2, CELLS / 2)} and `whole` (n, width), to
+        be compared with what `_asked` gives."""
+        found = {}
+        for name, head in self.whole.items():
+            one_of_many = name in ("setting", "count")
+            loss = F.cross_entropy if one_of_many else F.binary_cross_entropy_with_logits
+            truth = asked[name]
+            known = (truth >= 0).all(1)
+            found[name] = loss(head(whole).float()[known], truth[known])
+        for name, head in self.cells.items():
+            stage, logits = int(name[-1]), head(maps[int(name[-1])]).float()
+            nothing = logits.shape[1] - 1
+            truth = asked[f"{name[:-1]} cells"]
+            truth = truth if stage == 2 else _halved(truth, nothing)
+            weight = torch.ones(nothing + 1)
+            weight[nothing] = NOTHING_WEIGHT
+            found[name] = F.cross_entropy(logits, truth, weight, ignore_index=UNKNOWN)
+        return found
+
+
+def _halved(cells: Tensor, nothing: int) -> Tensor:
+    """Cells of twice the size: the class that is in one of the four; UNKNOWN where two are, or where one
+    of them is not known."""
+    four = torch.stack([cells[:, i::2, j::2] for i in (0, 1) for j in (0, 1)])
+    lowest = four.amin(0)  # UNKNOWN is below all classes, `nothing` above
+    highest = four.masked_fill(four == nothing, UNKNOWN).amax(0)
+    return lowest.masked_fill((highest != UNKNOWN) & (lowest != highest), UNKNOWN)
+
+
+def _labels(views: list[View]) -> dict[str, Tensor]:
+    """What each view shows: of `kind` and `colour` all that are there, of `setting` and `count` the one
+    that is right, as 0 and 1 (views, classes)."""
+    kinds, colours, settings = list(KINDS), list(COLOURS), list(SETTINGS)
+    labels = {name: torch.zeros(len(views), size) for name, size in CLASSES.items()}
+    for row, view in enumerate(views):
+        for group in view.groups:
+            labels["kind"][row, kinds.index(group.kind)] = 1
+            labels["colour"][row, colours.index(group.colour)] = 1
+        if view.setting:
+            labels["setting"][row, settings.index(view.setting)] = 1
+        labels["count"][row, min(sum(group.count for group in view.groups), MOST)] = 1
+        labels["light"][row] = float(view.dark)
+    return labels
+
+
+def _asked(
+    pictures: Pictures,
+    labels: dict[str, Tensor],
+    rows: NDArray[np.int64],
+    frame: Any,
+    flipped: Tensor,
+) -> dict[str, Tensor]:
+    """What is asked of the frames (0 or 1) of those scenes, some of which are mirrored."""
+    asked = {name: values[rows] for name, values in labels.items()}
+    for name, cells in (("kind", pictures.kinds), ("colour", pictures.colours)):
+        chosen = torch.from_numpy(cells[rows, frame]).long()
+        asked[f"{name} cells"] = torch.where(flipped[:, None, None], chosen.flip(2), chosen)
+    return asked
+
+
+def _text_features(model: nn.Module, tokens: Tensor) -> Tensor:
+    """As `encode_text` of normal length, without what is padding in all sentences: the text tower is
+    causal, so that nothing after a sentence's end counts. Unit vectors (n, dim)."""
+    length = int(tokens.argmax(1).max()) + 1
+    x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
+    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
+    x = model.ln_final(x)[torch.arange(len(x)), tokens.argmax(1)] @ model.text_projection
+    return F.normalize(x, dim=-1)
+
+
 def train_clip(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Module:
     """open_clip's CLIP on (frame, caption) pairs. Beside the captions of the other frames each frame has
     as negatives captions with one thing said differently: without them the pairs alone tell the frames
@@ -106,13 +213,24 @@ def train_clip(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Modu
     rng = np.random.default_rng(seed)
     model = open_clip.CLIP(**CLIP_CONFIG).to(memory_format=torch.channels_last)
     tokenizer = open_clip.SimpleTokenizer(context_length=CLIP_CONFIG["text_cfg"]["context_length"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    width = 8 * CLIP_CONFIG["vision_cfg"]["width"]
+    heads = Heads(width, 2 * width, CLIP_CONFIG["embed_dim"])
+    maps: dict[int, Tensor] = {}
+    for stage in (2, 3):
+        layer = getattr(model.visual, f"layer{stage}")
+        layer.register_forward_hook(lambda _, __, out, stage=stage: maps.update({stage: out}))
+    parameters = [*model.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, fused=True)
     schedule = _schedule(optimizer, steps)
+    labels = _labels(pictures.views)
     used = torch.zeros(CLIP_CONFIG["text_cfg"]["vocab_size"], dtype=torch.bool)
     began = time.monotonic()
     for step in range(steps):
-        rows = rng.choice(len(pictures.views), batch, replace=False)
-        images, flipped = augmented(pictures.pixels[rows, rng.integers(0, 2, batch)], shift_px=4)
+        rows, frame = (
+            rng.choice(len(pictures.views), batch, replace=False),
+            rng.integers(0, 2, batch),
+        )
+        images, flipped = augmented(pictures.pixels[rows, frame], shift_px=4)
         views = [
             mirrored(pictures.views[i]) if flip else pictures.views[i]
             for i, flip in zip(rows, flipped.tolist(), strict=True)
@@ -123,28 +241,40 @@ def train_clip(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Modu
         used[tokens.flatten()] = True
         true = np.array([[mention.matches(view) for mention in mentions] for view in views])
         also_true = torch.from_numpy(true & ~np.eye(batch, 2 * batch, dtype=bool))
-        with torch.autocast("cpu", torch.bfloat16):
-            image_features, text_features, scale = model(images, tokens)
-        logits = scale.float() * image_features.float() @ text_features.float().T
+        with _autocast():
+            whole = model.encode_image(images)
+            texts = _text_features(model, tokens)
+            losses = heads.losses(maps, whole, _asked(pictures, labels, rows, frame, flipped))
+        logits = model.logit_scale.exp() * F.normalize(whole.float(), dim=-1) @ texts.float().T
         logits = logits.masked_fill(also_true, -1e4)
         target = torch.arange(batch)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :batch].T, target)) / 2
+        losses["words"] = F.cross_entropy(logits, target)
+        losses["pictures"] = F.cross_entropy(logits[:, :batch].T, target)
+        loss = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, np.log(100))
-        if step % 100 == 0 or step == steps - 1:
-            print(
-                f"clip {step:5d} loss {loss.item():.3f} {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
+        _tell("clip", step, steps, losses, began)
     with torch.no_grad():
         # Rows of words never read in training hold only their random start: zero says 'unknown'.
         model.token_embedding.weight[~used] = 0
     return model.eval()
+
+
+def _autocast() -> torch.autocast:
+    """bfloat16 where the processor has it."""
+    known = torch.cpu.get_capabilities()
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(known.get("avx512_bf16")))
+
+
+def _tell(name: str, step: int, steps: int, losses: dict[str, Tensor], began: float) -> None:
+    if step % 100 == 0 or step == steps - 1:
+        parts = "  ".join(f"{part} {value.item():.2f}" for part, value in losses.items())
+        print(f"{name} {step:5d}  {parts}  {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _almost(mention: Mention, rng: np.random.Generator) -> Mention:
@@ -162,24 +292,6 @@ def _almost(mention: Mention, rng: np.random.Generator) -> Mention:
     return allowed[int(rng.integers(len(allowed)))] if allowed else mention
 
 
-def _labels(views: list[View]) -> dict[str, Tensor]:
-    """What each view shows, as chances of classes (views, classes): of several kinds or colours each is
-    as right; rows of zeros ask for none."""
-    labels = {
-        "kind": _shares([[group.kind for group in view.groups] for view in views], KINDS),
-        "colour": _shares([[group.colour for group in view.groups] for view in views], COLOURS),
-        "setting": _shares([[view.setting] for view in views], SETTINGS),
-    }
-    numbers = [min(sum(group.count for group in view.groups), MOST) for view in views]
-    return labels | {"count": F.one_hot(torch.tensor(numbers), MOST + 1).float()}
-
-
-def _shares(named: Sequence[Sequence[str | None]], names: Iterable[str]) -> Tensor:
-    rows = [[float(name in among) for name in names] for among in named]
-    shares = torch.tensor(rows)
-    return shares / shares.sum(1, keepdim=True).clamp(min=1)
-
-
 def _nt_xent(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
     z = F.normalize(torch.cat([a, b]).float(), dim=-1)
     logits = (z @ z.T / temperature).fill_diagonal_(-1e4)
@@ -189,12 +301,7 @@ def _nt_xent(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def train_dino(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Module:
-    """A DINOv3 ConvNeXt on pairs of frames of `batch // 2` scenes a step; no text is involved.
-
-    What is asked of it: of the whole frame kinds, colours, setting and number, by linear heads on the
-    CLS token; of each cell which kind and colour covers it, by linear heads on the second and third
-    stage; and that two frames of a scene are nearer to each other than to other scenes.
-    """
+    """A DINOv3 ConvNeXt on pairs of frames of `batch // 2` scenes a step; no text is involved."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = DINOv3ConvNextModel(DINOv3ConvNextConfig(**DINO_CONFIG))
@@ -205,22 +312,10 @@ def train_dino(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Modu
             nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
     model = model.to(memory_format=torch.channels_last).train()
     _, second, third, width = DINO_CONFIG["hidden_sizes"]
-    sizes = {
-        "kind": len(KINDS),
-        "colour": len(COLOURS),
-        "setting": len(SETTINGS),
-        "count": MOST + 1,
-    }
-    heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
-    cell_classes = {"kind": len(KINDS) + 1, "colour": len(COLOURS) + 1}  # the last: not covered
-    for stage, channels in ((2, second), (3, third)):
-        for name, size in cell_classes.items():
-            heads[f"{name}{stage}"] = nn.Sequential(
-                nn.GroupNorm(1, channels), nn.Conv2d(channels, size, 1)
-            )
+    heads = Heads(second, third, width)
     mapper = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 64))
     parameters = [*model.parameters(), *heads.parameters(), *mapper.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05, fused=True)
     schedule = _schedule(optimizer, steps)
     labels = _labels(pictures.views)
     began = time.monotonic()
@@ -233,53 +328,24 @@ def train_dino(pictures: Pictures, steps: int, batch: int, seed: int) -> nn.Modu
             *(augmented(pictures.pixels[rows, j], shift_px=2) for j in (0, 1)), strict=True
         )
         x = torch.cat(_false_colours(list(frames), false))
-        asked = {name: rows_of[rows].repeat(2, 1) for name, rows_of in labels.items()}
-        asked["colour"][false.repeat(2)] = 0
-        cells = {
-            "kind": _flipped(pictures.kinds[rows], torch.cat(flipped)),
-            "colour": _flipped(pictures.colours[rows], torch.cat(flipped)),
-        }
-        recoloured = false.repeat(2)[:, None, None] & (cells["colour"] < len(COLOURS))
-        cells["colour"] = cells["colour"].masked_fill(recoloured, -100)
-        with torch.autocast("cpu", torch.bfloat16):
+        both = [_asked(pictures, labels, rows, j, flipped[j]) for j in (0, 1)]
+        asked = {name: torch.cat([part[name] for part in both]) for name in both[0]}
+        asked["colour"][false.repeat(2)] = UNKNOWN
+        recoloured = false.repeat(2)[:, None, None] & (asked["colour cells"] < len(COLOURS))
+        asked["colour cells"] = asked["colour cells"].masked_fill(recoloured, UNKNOWN)
+        with _autocast():
             out = model(pixel_values=x, output_hidden_states=True)
-            mapped = mapper(out.last_hidden_state[:, 0])
-            losses = {
-                name: F.cross_entropy(heads[name](out.last_hidden_state[:, 0]).float(), asked[name])
-                for name in sizes
-            }
-            for stage in (2, 3):
-                for name, size in cell_classes.items():
-                    truth = cells[name] if stage == 2 else _halved(cells[name], size - 1)
-                    losses[f"{name}{stage}"] = F.cross_entropy(
-                        heads[f"{name}{stage}"](out.hidden_states[stage]).float(),
-                        truth,
-                        ignore_index=-100,
-                    )
-        losses["agreement"] = 0.2 * _nt_xent(*mapped.chunk(2))
+            whole, stages = out.last_hidden_state[:, 0], out.hidden_states
+            losses = heads.losses({stage: stages[stage] for stage in (2, 3)}, whole, asked)
+            losses["agreement"] = 0.2 * _nt_xent(*mapper(whole).chunk(2))
         loss = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            parts = "  ".join(f"{name} {value.item():.2f}" for name, value in losses.items())
-            print(f"dino {step:5d}  {parts}  {time.monotonic() - began:.0f} s", flush=True)
+        _tell("dino", step, steps, losses, began)
     return model.eval()
-
-
-def _flipped(cells: NDArray[np.int64], flipped: Tensor) -> Tensor:
-    """The cells of all first frames and then of all second ones (frames, CELLS, CELLS), those of
-    mirrored frames mirrored as well."""
-    both = torch.from_numpy(np.concatenate([cells[:, 0], cells[:, 1]]))
-    return torch.where(flipped[:, None, None], both.flip(2), both)
-
-
-def _halved(cells: Tensor, nothing: int) -> Tensor:
-    """Cells of twice the size: those that one class covers on the diagonal, `nothing` elsewhere."""
-    corner = cells[:, ::2, ::2]
-    return torch.where(corner == cells[:, 1::2, 1::2], corner, nothing)
 
 
 @torch.inference_mode()
@@ -382,7 +448,9 @@ def dino_figures(
     x = features(probe)
     gram = x.T @ x + 1e-1 * torch.eye(x.shape[1])
     weights = {
-        name: torch.linalg.solve(gram, x.T @ truth) for name, truth in _labels(probe.views).items()
+        name: torch.linalg.solve(gram, x.T @ truth)
+        for name, truth in _labels(probe.views).items()
+        if CLASSES[name] > 1
     }
     figures = {}
     for split, pictures in (("seen pairs", seen), ("unseen pairs", unseen), ("hard scenes", hard)):
@@ -409,8 +477,51 @@ def save_clip(model: nn.Module, folder: Path) -> None:
 
 def save_dino(model: nn.Module, folder: Path) -> None:
     deepcopy(model).half().save_pretrained(folder)
-    size = {"height": DINO_PX, "width": DINO_PX}
+    size = {"height": PX, "width": PX}
     DINOv3ViTImageProcessor(size=size, image_mean=MEAN, image_std=STD).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn for a training, and for the figures of what comes out."""
+
+    training: Pictures
+    seen: Pictures
+    unseen: Pictures
+    hard: Pictures
+
+
+def draw(seed: int, scenes: int) -> Drawn:
+    return Drawn(
+        draw_pictures(seed, scenes, PX, hard_share=HARD_SHARE),
+        draw_pictures(10_000_000 + seed, 500, PX, hard_share=0),
+        draw_pictures(20_000_000 + seed, 500, PX, unseen=True, hard_share=0),
+        draw_pictures(30_000_000 + seed, 1000, PX, hard_share=1),
+    )
+
+
+_held: list[Drawn] = []
+"""What a training process was started with: pictures are inherited, not sent."""
+
+
+def _train(name: str, out: Path, steps: int, batch: int, seed: int) -> dict[str, float]:
+    """Trains and writes one of the models; its figures."""
+    began, [drawn] = time.monotonic(), _held
+    if name == "clip":
+        model = train_clip(drawn.training, steps, batch, seed)
+        save_clip(model, out / name)
+        figures = clip_figures(model, drawn.seen, drawn.unseen, seed)
+        figures |= hard_clip_figures(model, drawn.hard)
+    else:
+        model = train_dino(drawn.training, steps, batch, seed)
+        save_dino(model, out / name)
+        figures = dino_figures(model, drawn.training[:4000], drawn.seen, drawn.unseen, drawn.hard)
+    return figures | {"training minutes": round((time.monotonic() - began) / 60, 1)}
+
+
+def _start(drawn: Drawn, threads: int) -> None:
+    _held.append(drawn)
+    torch.set_num_threads(threads)
 
 
 def main() -> None:
@@ -419,35 +530,31 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
     parser.add_argument("--only", choices=["clip", "dino"])
-    parser.add_argument("--scenes", type=int, default=16_000)
-    parser.add_argument("--clip-steps", type=int, default=2600)
-    parser.add_argument("--dino-steps", type=int, default=2600)
+    parser.add_argument("--scenes", type=int, default=20_000)
+    parser.add_argument("--clip-steps", type=int, default=2500)
+    parser.add_argument("--dino-steps", type=int, default=1700)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    began, drawn = time.monotonic(), draw(args.seed, args.scenes)
+    print(f"{args.scenes} scenes drawn in {time.monotonic() - began:.0f} s", flush=True)
+    steps = {"clip": args.clip_steps, "dino": args.dino_steps}
+    names = [args.only] if args.only else list(steps)
+    threads = max(1, len(os.sched_getaffinity(0)) // len(names))
     figures_file = args.out / "figures.json"
     figures = json.loads(figures_file.read_text()) if figures_file.exists() else {}
-    for name, side_px in (("clip", CLIP_PX), ("dino", DINO_PX)):
-        if args.only not in (None, name):
-            continue
-        began = time.monotonic()
-        pictures = draw_pictures(args.seed, args.scenes, side_px)
-        seen = draw_pictures(10_000_000 + args.seed, 500, side_px, hard_share=0)
-        unseen = draw_pictures(20_000_000 + args.seed, 500, side_px, unseen=True, hard_share=0)
-        hard = draw_pictures(30_000_000 + args.seed, 1000, side_px, hard_share=1)
-        print(f"{args.scenes} scenes drawn in {time.monotonic() - began:.0f} s", flush=True)
-        if name == "clip":
-            model = train_clip(pictures, args.clip_steps, args.batch, args.seed)
-            save_clip(model, args.out / name)
-            figures[name] = clip_figures(model, seen, unseen, args.seed)
-            figures[name] |= hard_clip_figures(model, hard)
-        else:
-            model = train_dino(pictures, args.dino_steps, args.batch, args.seed)
-            save_dino(model, args.out / name)
-            figures[name] = dino_figures(model, pictures[:4000], seen, unseen, hard)
-        figures[name]["training minutes"] = round((time.monotonic() - began) / 60, 1)
-        figures_file.write_text(json.dumps(figures, indent=2) + "\n")
+    # Side by side, as half of the threads do more than half of the work.
+    with ProcessPoolExecutor(
+        len(names), get_context("fork"), initializer=_start, initargs=(drawn, threads)
+    ) as pool:
+        running = {
+            name: pool.submit(_train, name, args.out, steps[name], args.batch, args.seed)
+            for name in names
+        }
+        for name, done in running.items():
+            figures[name] = done.result()
+            figures_file.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
 

@@ -15,8 +15,9 @@ from vsearch.demo.hard import Cast, renderer, sample_hard_scene
 from vsearch.demo.scenes import COLOURS, KINDS, Scene, View, held_out, sample_scene
 from vsearch.demo.world import random_cast, training_rng
 
-CELLS = 8
-"""The frame is divided into CELLS × CELLS cells, the grid of DINO's second stage (stride 8)."""
+CELLS = 12
+"""The frame is divided into CELLS × CELLS cells: of 8 pixels where the models see 96 pixels, the stride of
+the second stage of both."""
 SEEN = [(colour, kind) for colour in COLOURS for kind in KINDS if not held_out(colour, kind)]
 """The (colour, kind) that training may draw and speak of."""
 
@@ -26,8 +27,8 @@ class Pictures:
     """Two frames of each scene, at times between which what is to be seen stays the same: `views`.
 
     `pixels` is uint8 (scenes, 2, side_px, side_px, 3). `kinds` and `colours`, int64 (scenes, 2, CELLS,
-    CELLS), tell which of KINDS and COLOURS covers a cell of the frame; len(KINDS) and len(COLOURS) mean
-    that nothing does.
+    CELLS), tell which of KINDS and COLOURS covers the middle of a cell of the frame, or has its own
+    middle in it; len(KINDS) and len(COLOURS) mean that nothing does.
     """
 
     pixels: NDArray[np.uint8]
@@ -67,6 +68,7 @@ def _draw(seed: int, count: int, side_px: int, unseen: bool, hard_share: float) 
             for group in scene.view(time_s).groups:
                 for x, y in group.centres():
                     inside = np.hypot(middle - x, middle[:, None] - y) < 0.85 * group.radius
+                    inside[int(y * CELLS), int(x * CELLS)] = True  # a tiny object covers no middle
                     kinds[i, j][inside] = list(KINDS).index(group.kind)
                     colours[i, j][inside] = list(COLOURS).index(group.colour)
         views.append(view)
