@@ -16,7 +16,8 @@ always.
 `to 1 %` is the first epoch whose validation cosine is within 1 % of the best of all epochs; `--epochs`
 makes the training, and with it the decay of its learning rate, shorter than the default. The limit
 is the time of the multiplications of matrices (MLP and InfoNCE, forward and backward) at the largest
-rate that `a @ b` of 2048 × 2048 reaches here, measured in the same run, in fp32 and in bf16.
+rate that `a @ b` of 2048 × 2048 reaches here, measured in the same run, in fp32 and,
+where the processor has it, in bf16.
 
     python benchmarks/train.py --pairs 10000 100000 1000000 --json out.json
 """
@@ -154,8 +155,11 @@ def matmul_gflops() -> dict[str, float]:
     """GFLOP/s of the machine, by precision: the best of many, with all its cores."""
     import torch
 
-    found = {}
-    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    found, kinds = {}, {"fp32": torch.float32}
+    known = torch.cpu.get_capabilities()
+    if known.get("avx512_bf16") or known.get("amx_bf16"):
+        kinds["bf16"] = torch.bfloat16
+    for name, kind in kinds.items():
         a, b = (torch.randn(2048, 2048).to(kind) for _ in range(2))
         took = []
         for _ in range(20):
