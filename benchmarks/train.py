@@ -10,20 +10,26 @@ always.
             config.json tells the parts of its worker's time and when each epoch ended; what lies before
             its reading is starting (Python, imports, Ray and its three processes), what comes after the
             published file is closing. Memory is the largest of one of its processes
-    peer    plain torch: all pairs in memory in fp32, the same MLP, loss, batches, learning rates and
-            early stopping in fp32, no Ray; its seconds begin when Python has imported torch
+    peer    plain torch: all pairs in memory in fp32, the same MLP, first weights, loss, batches, learning
+            rates, validation pairs and early stopping in fp32, no Ray; its seconds begin when Python has
+            imported torch, and end when the best weights are in a file
 
-`to 1 %` is the first epoch whose validation cosine is within 1 % of the best of all epochs; `--epochs`
+`to 1 %` is the first epoch whose validation cosine is within 1 % of the best of all epochs: `loop` are the
+seconds of learning and validating until then, `whole` also those of all that comes before. `--epochs`
 makes the training, and with it the decay of its learning rate, shorter than the default. The limit
 is the time of the multiplications of matrices (MLP and InfoNCE, forward and backward) at the largest
-rate that `a @ b` of 2048 × 2048 reaches here, measured in the same run, in fp32 and,
-where the processor has it, in bf16.
+rate that `a @ b` of 2048 × 2048 reaches here, measured in the same run, in fp32 and, where the processor
+has it, in bf16. `cpu s` are the processor seconds of all processes, from the start of Python. Limit and
+peer are those of the cores, also where ours finds a GPU. The peer validates by the cosine alone, ours
+takes the recall as well.
 
     python benchmarks/train.py --pairs 10000 100000 1000000 --json out.json
+    python benchmarks/train.py --who peer --json out.json      # beside what was measured of ours
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,14 +38,17 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +57,9 @@ from vectors import OFFSET, World, shot, unit, world
 from vsearch.config import CorpusConfig, Encoder, TrainConfig
 from vsearch.corpus import Corpus, newest_projector
 from vsearch.schema import SpanRecord, frames_schema
+
+if TYPE_CHECKING:
+    import torch
 
 DINO, CLIP, LATENT, HIDDEN = 768, 512, 512, 1024
 FPS, SPAN_FRAMES, SPANS_A_FILE, VIDEO_FRAMES = 25, 500, 16, 1500
@@ -59,6 +71,7 @@ CLIP_NOISE, DINO_NOISE = 0.05, 0.1
 have one of about 0.3."""
 
 CLOSE = 0.01
+WHO = ("ours", "peer")
 ONLY_IN_JSON = ("curve", "most_epochs", "train_pairs", "peak_all_mb", "gflop_an_epoch", "limit_s")
 CONSOLE = Console(width=200)
 Figures = dict[str, Any]
@@ -212,7 +225,7 @@ class Watch:
 def process_name(command: list[str]) -> str:
     known = ("_fit", "TrainController", "RayTrainWorker")
     name = next((name for name in known if command[0].startswith(f"ray::{name}")), None)
-    return name or ("command" if "-c" in command[:2] else "other processes of Ray")
+    return name or ("command" if "-c" in command[:3] else "other processes of Ray")
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -265,7 +278,8 @@ def measure_ours(url: str, config: TrainConfig) -> Figures:
 
 
 def first_close(curve: list[Figures]) -> Figures:
-    enough = (1 - CLOSE) * max(point["cosine"] for point in curve)
+    best = max(point["cosine"] for point in curve)
+    enough = best - CLOSE * abs(best)
     return next(point for point in curve if point["cosine"] >= enough)
 
 
@@ -274,40 +288,29 @@ def first_close(curve: list[Figures]) -> Figures:
 
 def measure_peer(url: str, config: TrainConfig) -> Figures:
     """What one would write without Ray, a corpus or a half precision."""
-    import math
-
-    import pyarrow.parquet as pq
     import torch
     import torch.nn.functional as F
     from torch import nn
 
-    from vsearch.sampling import split_videos
+    began = since = time.perf_counter()
+    took_s = dict.fromkeys(("read", "prepare", "learn", "validate", "close"), 0.0)
 
-    began = time.perf_counter()
-    table = pa.concat_tables(
-        pq.read_table(path, columns=["video_id", "dino", "clip"])
-        for path in sorted(Path(url).glob("frames/*.parquet"))
-    )
-    x, y = (
-        torch.from_numpy(
-            np.concatenate([c.flatten().to_numpy() for c in table[name].chunks]).reshape(-1, dim)
-        ).float()
-        for name, dim in (("dino", DINO), ("clip", CLIP))
-    )
-    ids = table["video_id"].to_numpy()
-    held = torch.from_numpy(np.isin(ids, list(split_videos(sorted(set(ids)), config.validation))))
-    x_val, y_val = x[held], y[held]
-    few = torch.linspace(0, len(x_val) - 1, min(len(x_val), 2000)).long()
-    x_val, y_val, x, y = x_val[few], y_val[few], x[~held], y[~held]
-    read = time.perf_counter()
+    def note(part: str) -> float:
+        nonlocal since
+        now = time.perf_counter()
+        took_s[part] += now - since
+        since = now
+        return now
 
+    (x, x_val), (y, y_val) = peer_pairs(url, config.validation)
+    note("read")
     torch.manual_seed(config.seed)
     mean, std = x.mean(0), x.std(0)
     model = nn.Sequential(nn.Linear(DINO, config.hidden), nn.GELU(), nn.Linear(config.hidden, CLIP))
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, weight_decay=config.weight_decay
     )
-    batch, best, best_epoch, epoch = min(config.batch_size, len(x)), -1.0, 0, 0
+    batch = min(config.batch_size, len(x))
     steps = len(x) // batch
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -317,9 +320,12 @@ def measure_peer(url: str, config: TrainConfig) -> Figures:
             * (1 + math.cos(math.pi * step / (steps * config.max_epochs)))
         ),
     )
+    looped = note("prepare")
+    best, best_epoch, weights, epoch = -1.0, 0, model.state_dict(), 0
     curve = []
     while epoch < config.max_epochs and epoch - best_epoch <= config.patience:
-        for rows in torch.randperm(len(x)).split(batch)[:steps]:
+        drawn = torch.Generator().manual_seed(10_007 * epoch)  # as ours draws them
+        for rows in torch.randperm(len(x), generator=drawn).split(batch)[:steps]:
             out, clip = model((x[rows] - mean) / std), y[rows]
             logits = F.normalize(out, dim=-1) @ F.normalize(clip, dim=-1).T / config.temperature
             loss = 1 - F.cosine_similarity(out, clip, dim=-1).mean()
@@ -328,35 +334,59 @@ def measure_peer(url: str, config: TrainConfig) -> Figures:
             loss.backward()
             optimizer.step()
             schedule.step()
+        note("learn")
         with torch.inference_mode():
             cosine = float(F.cosine_similarity(model((x_val - mean) / std), y_val, dim=-1).mean())
         if cosine > best:
-            best, best_epoch = cosine, epoch
-        now = time.perf_counter()
-        curve.append({"epoch": epoch, "cosine": cosine, "at_s": now - read})
+            best, best_epoch, weights = cosine, epoch, deepcopy(model.state_dict())
+        curve.append({"epoch": epoch, "cosine": cosine, "at_s": note("validate") - looped})
         epoch += 1
+    torch.save(weights | {"mean": mean, "std": std}, Path(url) / "peer.pt")
+    ended = note("close")
     close = first_close(curve)
     return {
-        "seconds": round(time.perf_counter() - began, 1),
-        "parts": {"read": round(read - began, 1), "learn": round(curve[-1]["at_s"], 1)},
+        "seconds": round(ended - began, 1),
+        "parts": {name: round(seconds, 1) for name, seconds in took_s.items()},
         "epochs": epoch,
         "cosine": round(best, 4),
         "epochs_to_1%": close["epoch"] + 1,
         "loop_s_to_1%": round(close["at_s"], 1),
-        "whole_s_to_1%": round(read - began + close["at_s"], 1),
+        "whole_s_to_1%": round(looped - began + close["at_s"], 1),
         "train_pairs": len(x),
         "curve": curve,
     }
 
 
+def peer_pairs(url: str, validation: float) -> list[tuple["torch.Tensor", "torch.Tensor"]]:
+    """DINO's, then CLIP's vectors, in fp32: (those to learn from, those of the validation pairs)."""
+    import torch
+
+    from vsearch.sampling import split_videos
+
+    paths = sorted(Path(url).glob("frames/*.parquet"))
+    table = pa.concat_tables(
+        pq.read_table(path, columns=["video_id", "dino", "clip"]) for path in paths
+    )
+    videos = split_videos(table["video_id"].unique().to_pylist(), validation)
+    held = pc.is_in(table["video_id"], pa.array(sorted(videos))).to_numpy()
+    few = np.linspace(0, held.sum() - 1, min(held.sum(), 2000)).astype(np.int64)
+    found = []
+    for name, dim in (("dino", DINO), ("clip", CLIP)):
+        chunks = [chunk.flatten().to_numpy() for chunk in table[name].chunks]
+        vectors = np.concatenate(chunks).reshape(-1, dim)
+        parts = vectors[~held], vectors[held][few]
+        found.append(tuple(torch.from_numpy(part).float() for part in parts))
+    return found
+
+
 # ── all of it ────────────────────────────────────────────────────────────────────────────────────
 
 
-def alone(function: Any, *arguments: Any) -> tuple[Any, int]:
-    """What a function returns in a process of its own, and the most anonymous memory of that."""
+def alone(function: Any, *arguments: Any) -> tuple[Any, Watch]:
+    """What a function returns in a process of its own, and what was seen of that."""
     with Watch() as watch, ProcessPoolExecutor(1, get_context("spawn")) as pool:
         found = pool.submit(function, *arguments).result()
-    return found, watch.one
+    return found, watch
 
 
 def against_limit(found: Figures, gflops: dict[str, float], config: TrainConfig) -> Figures:
@@ -376,20 +406,42 @@ def exponent(sizes: list[float], values: list[float]) -> float:
     return round(float(np.polyfit(np.log(sizes), np.log(values), 1)[0]), 2)
 
 
+def measures(row: Figures) -> dict[str, float]:
+    return {
+        "seconds": row["seconds"],
+        "learn_s_an_epoch": row["parts"]["learn"] / row["epochs"],
+        "read_s": max(0.05, row["parts"]["read"]),
+        "peak_mb": row["peak_mb"],
+    }
+
+
 def growth(rows: list[Figures]) -> list[Figures]:
     found = []
     for who in dict.fromkeys(row["who"] for row in rows):
         mine = [row for row in rows if row["who"] == who]
         pairs = [row["train_pairs"] for row in mine]
-        if len(mine) < 2:
-            continue
-        values = {
-            "seconds": [row["seconds"] for row in mine],
-            "learn_s_an_epoch": [row["parts"]["learn"] / row["epochs"] for row in mine],
-            "read_s": [max(0.05, row["parts"]["read"]) for row in mine],
-            "peak_mb": [row["peak_mb"] for row in mine],
-        }
-        found.append({"who": who} | {n: exponent(pairs, v) for n, v in values.items()})
+        if len(mine) > 1:
+            values = {name: [measures(row)[name] for row in mine] for name in measures(mine[0])}
+            found.append({"who": who} | {n: exponent(pairs, v) for n, v in values.items()})
+    return found
+
+
+def ratios(rows: list[Figures]) -> list[Figures]:
+    """Ours over the peer's, at each size that both were measured at: below 1 ours is less."""
+    found = []
+    known = {(row["pairs"], row["who"]): row for row in rows}
+    for pairs in sorted({row["pairs"] for row in rows}):
+        if all((pairs, who) in known for who in WHO):
+            ours, peer = (
+                measures(row)
+                | {
+                    name: row[name]
+                    for name in ("loop_s_to_1%", "whole_s_to_1%", "epochs", "cosine")
+                }
+                | {"cpu_s": sum(row["cpu_s"].values())}
+                for row in (known[pairs, who] for who in WHO)
+            )
+            found.append({"pairs": pairs} | {n: round(ours[n] / peer[n], 3) for n in ours})
     return found
 
 
@@ -415,7 +467,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=TrainConfig().max_epochs)
     parser.add_argument("--json", type=Path, help="figures go here; those of other sizes are kept")
     parser.add_argument("--folder", type=Path, help="keeps the corpora, for the next time")
-    parser.add_argument("--who", nargs="*", choices=("ours", "peer"), default=("ours", "peer"))
+    parser.add_argument("--who", nargs="*", choices=WHO, default=WHO)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = replace(TrainConfig(), max_epochs=arguments.epochs)
@@ -424,15 +476,16 @@ def main() -> None:
         figures["rows"] = json.loads(arguments.json.read_text())["rows"]
     with tempfile.TemporaryDirectory() as temporary:
         for pairs in arguments.pairs:
-            (url, _) = alone(make, arguments.folder or Path(temporary), pairs, arguments.seed)
+            url, _ = alone(make, arguments.folder or Path(temporary), pairs, arguments.seed)
             for who in arguments.who:
                 gflops, _ = alone(matmul_gflops)
                 load = round(os.getloadavg()[0], 1)
                 if who == "ours":
                     found = measure_ours(url, config)
                 else:
-                    found, peak_bytes = alone(measure_peer, url, config)
-                    found["peak_mb"] = found["peak_all_mb"] = round(peak_bytes / 1e6)
+                    found, watch = alone(measure_peer, url, config)
+                    found["peak_mb"] = found["peak_all_mb"] = round(watch.one / 1e6)
+                    found["cpu_s"] = watch.cpu_s()
                 row = {"who": who, "pairs": pairs, "most_epochs": config.max_epochs}
                 row |= {"gflops": gflops, "load_before": load}
                 row |= found | against_limit(found, gflops, config)
@@ -443,8 +496,9 @@ def main() -> None:
                 if arguments.json:
                     arguments.json.write_text(json.dumps(figures, indent=1))
     same = [row for row in figures["rows"] if row["most_epochs"] == config.max_epochs]
-    figures["growth"] = growth(same)
+    figures["growth"], figures["ratios"] = growth(same), ratios(same)
     show("growth: exponents", figures["growth"])
+    show("ours over the peer's", figures["ratios"])
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
 
