@@ -5,14 +5,16 @@ Method: `Encoders.embed`, as the ingest actor calls it, with models of the real 
 weights, on which the time does not depend. The frames are real, 224 pixels on the shorter side, repeated;
 each call gets a span of them. A figure is the best of `ROUNDS` over all spans, by the clock of the host,
 after one round that nobody counts (it compiles). The limit is the operations of a frame, counted by
-torch's own counter, over the rate of a large product of bf16 matrices, measured on the same device just
-before. The cosine is the least between vectors of frames of several clips and those that the same models
-give in float32 on the CPU. `alone` are the parts of an embedding one after the other, each waited for:
-`bring` (to pinned memory and to the device), `prepare` (both preprocessings), `models`.
+torch's own counter, over the rate of a large product of bf16 matrices,
+measured on the same device just before. The cosine is the least between vectors of frames of several
+clips and those that the same models give in float32 on the CPU. `alone` are the parts of an embedding one
+after the other, each waited for: `bring` (to pinned memory and to the device), `prepare` (both
+preprocessings), `models`. Growth is that of the seconds with the number of frames, in the default way and
+its first batch, by spans as ever.
 
 On a GPU it compares ways and batches, and makes memory short, in which the batch must halve. Without one,
-it does the same with few frames on the CPU. Needs torch, transformers, open_clip, PyAV and `vsearch`, not
-Ray.
+it does the same with few frames on the CPU. Needs torch, transformers,
+open_clip, PyAV and `vsearch`, not Ray.
 
     python benchmarks/embed.py --json embed.json     # under 8 minutes
 """
@@ -35,6 +37,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from decode import exponent
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -81,13 +84,14 @@ class Way:
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured on a device: `spans` of `span_frames` frames."""
+    """What is measured on a device: `spans` of `span_frames` frames, and as many as `growth` says."""
 
     ways: tuple[Way, ...]
     spans: int
     span_frames: int
     cosine_frames: int
     """Of each clip."""
+    growth: tuple[int, ...]
     matrix: int
 
 
@@ -101,6 +105,7 @@ GPU = Size(
     spans=4,
     span_frames=Sampling().span_frames,
     cosine_frames=16,
+    growth=(512, 2048, 8192),
     matrix=8192,
 )
 CPU = Size(
@@ -108,6 +113,7 @@ CPU = Size(
     spans=1,
     span_frames=8,
     cosine_frames=2,
+    growth=(4, 16, 64),
     matrix=3072,
 )
 
@@ -231,10 +237,12 @@ class Bench:
                 encoders = self._encoders(way)
                 for batch in way.batches:
                     print(f"{way.name}, batch {batch}", file=sys.stderr, flush=True)
-                    row |= self._figures(encoders, batch)
+                    figures = self._figures(encoders, batch)
                     if batch == way.batches[0]:
-                        row["kernels"] = self._kernels(encoders)
-                    yield dict(row)
+                        figures["kernels"] = self._kernels(encoders)
+                        if row["default"]:
+                            figures["growth"] = self._growth(encoders)
+                    yield row | figures
             except Exception as error:  # the other ways are still of interest
                 yield {"way": way.name, "default": False} | _failure(error)
             torch._dynamo.reset()
@@ -251,12 +259,8 @@ class Bench:
         if self._device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
-        def work() -> None:
-            for _ in range(self._size.spans):
-                encoders.embed(self._span)
-
-        first_s, *times = islice(_timed(self._device, work), 1 + ROUNDS)
         frames = self._size.spans * self._size.span_frames
+        first_s, *times = islice(self._embeddings(encoders, frames), 1 + ROUNDS)
         frame_s = min(times) / frames
         return {
             "batch": encoders.batch,
@@ -269,6 +273,21 @@ class Bench:
             "alone_ms": self._alone(encoders),
             "spread": max(times) / min(times) - 1,
         }
+
+    def _growth(self, encoders: Encoders) -> dict[str, Any]:
+        """Seconds of so many frames, and of which power of these they are."""
+        frames = self._size.growth
+        seconds = [min(islice(self._embeddings(encoders, n), ROUNDS)) for n in frames]
+        return {"frames": frames, "seconds": seconds, "exponent": exponent(frames, seconds)}
+
+    def _embeddings(self, encoders: Encoders, frames: int) -> Iterator[float]:
+        """Seconds of embedding so many frames, span by span, again and again."""
+
+        def work() -> None:
+            for start in range(0, frames, len(self._span)):
+                encoders.embed(self._span[: frames - start])
+
+        return _timed(self._device, work)
 
     def _peak_bytes(self) -> int:
         if self._device == "cuda":
@@ -400,6 +419,11 @@ def show(found: dict[str, Any], console: Console) -> None:
         if "kernels" in row:
             shares = (f"{share:.0%} {name}" for name, share in list(row["kernels"].items())[:6])
             console.print(f"{row['way']}, batch {row['batch']}:", ", ".join(shares))
+        if "growth" in row:
+            growth = row["growth"]
+            times = zip(growth["frames"], growth["seconds"], strict=True)
+            shown = ", ".join(f"{frames:,} frames {seconds:.3g} s" for frames, seconds in times)
+            console.print(f"growth with the frames: {shown}; exponent {growth['exponent']}")
     for name in ("short_memory", "published"):
         if name in found:
             console.print(f"{name}:", found[name])

@@ -11,7 +11,7 @@ RUN = """
 import json, sys, torch, embed
 from rich.console import Console
 ways = tuple(embed.Way(dtype, None, (2,)) for dtype in (torch.float32, torch.bfloat16))
-found = embed.measure("cpu", embed.Size(ways, 1, 3, 1, 256), layers=1)
+found = embed.measure("cpu", embed.Size(ways, 1, 3, 1, (1, 2, 4), 256), layers=1)
 embed.show(found, Console(stderr=True, width=160))
 assert "ray" not in sys.modules
 print(json.dumps(found))
@@ -35,4 +35,8 @@ def test_the_embedding_benchmark_gives_figures_for_each_way():
         assert row["to_limit"] == pytest.approx(limit_ms / row["ms"])
         assert row["batch"] == 2
         assert min(row["cosine"].values()) >= 0.999
+        assert ("growth" in row) == row["default"]
+    (growth,) = (row["growth"] for row in found["rows"] if row["default"])
+    assert growth["frames"] == [1, 2, 4]
+    assert len(growth["seconds"]) == 3 and min(growth["seconds"]) > 0
     assert "not measured yet" in run.stderr or "cuda" in found["machine"]["device"]
