@@ -5,7 +5,7 @@ Method: `Encoders.embed`, as the ingest actor calls it, with models of the real 
 weights, on which the time does not depend. The frames are real, 224 pixels on the shorter side, repeated;
 each call gets a span of them. A figure is the best of `ROUNDS` over all spans, by the clock of the host,
 after one round that nobody counts (it compiles). The limit is the operations of a frame, counted by
-torch's own counter, over the rate of a large product of bf16 matrices,
+torch's own counter, over the rate of a large product of matrices, of the fastest of the types compared,
 measured on the same device just before. The cosine is the least between vectors of frames of several
 clips and those that the same models give in float32 on the CPU. `alone` are the parts of an embedding one
 after the other, each waited for: `bring` (to pinned memory and to the device), `prepare` (both
@@ -13,7 +13,7 @@ preprocessings), `models`. Growth is that of the seconds with the number of fram
 its first batch, by spans as ever.
 
 On a GPU it compares ways and batches, and makes memory short, in which the batch must halve. Without one,
-it does the same with few frames on the CPU. Needs torch, transformers,
+it does the same with few frames on the CPU, in bf16 where that computes in it. Needs torch, transformers,
 open_clip, PyAV and `vsearch`, not Ray.
 
     python benchmarks/embed.py --json embed.json     # under 8 minutes
@@ -109,7 +109,7 @@ GPU = Size(
     matrix=8192,
 )
 CPU = Size(
-    (Way(torch.bfloat16, None, (8,)), Way(torch.float32, None, (8,))),
+    tuple(Way(dtype, None, (8,)) for dtype in dict.fromkeys((image_dtype("cpu"), torch.float32))),
     spans=1,
     span_frames=8,
     cosine_frames=2,
@@ -222,7 +222,7 @@ class Bench:
         self._exact = [exact.embed(pixels) for pixels in self._clips]
         self.rates = {
             str(dtype).removeprefix("torch."): matrix_rate(device, dtype, size.matrix)
-            for dtype in (torch.float32, torch.bfloat16)
+            for dtype in dict.fromkeys(way.dtype for way in size.ways)
         }
         self._limit_s = sum(self.flop.values()) / max(self.rates.values())
 
