@@ -26,7 +26,6 @@ import json
 import math
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +42,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from serve import sentences
+from serve import free_port, sentences
 from vectors import DIM, GAP, MEANING, NEAR_IMAGES, OWN, OWN_NOISE, World, shot, unit, world
 
 import vsearch
@@ -340,10 +339,7 @@ def over_http(url: str) -> list[Figures]:
 
     from vsearch.serve import ServeArgs, start
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = start(ServeArgs(corpus=url, parts=1), port=port)
+    address = start(ServeArgs(corpus=url, parts=1), port=free_port())
     warm, *rest = _portions([KNOWN, *CLIENTS.values()])
     table = []
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as client:

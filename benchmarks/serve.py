@@ -18,10 +18,12 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import socket
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,15 @@ def sentences(count: int) -> list[str]:
         for place in PLACES
     )
     return list(itertools.islice(found, count))
+
+
+def free_port() -> int:
+    """One that nobody listens at, from below those that the system gives to outgoing connections."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError("no port is free")
 
 
 @dataclass(frozen=True)
@@ -161,10 +172,7 @@ def run(corpus: str, parts: int, versions: list[str], truth: Figures, arguments:
     from vsearch.serve import ServeArgs, start
 
     snapshots = Snapshots(Corpus(corpus))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = start(ServeArgs(corpus=corpus, parts=parts, refresh_s=1.0), port=port)
+    address = start(ServeArgs(corpus=corpus, parts=parts, refresh_s=1.0), port=free_port())
     queries = sentences(arguments.sentences)
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
