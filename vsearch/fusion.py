@@ -1,10 +1,9 @@
 """The spaces that rows of an index can lie in: CLIP's own, the projected one, and both fused.
 
 A fused vector is the unit vector of α parts of the projected one and 1 − α of CLIP's own. α is tuned
-without labels, by what the scores of general sentences foretell of those two seconds later, when most
-videos still show the same. Chosen is the largest product of two correlations: with CLIP's later scores,
-so that a projector that sees something else does not count (validity), and with the fused space's own,
-so that one that sees past CLIP's noise does (reliability).
+without labels: chosen is the one whose scores of general sentences correlate best with CLIP's own scores
+two seconds later, when most videos still show the same. A projector that sees past CLIP's noise of the
+moment raises that, one that sees something else, or less, does not.
 
 Shapes: n = frames, d = DINO's width, c = CLIP's.
 """
@@ -62,16 +61,14 @@ def pairs(pts_s: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int
 
 
 def foretold(now: Pair, then: Pair, sentences: Floats) -> list[tuple[float, float]]:
-    """(α, validity · reliability) for each of `ALPHAS`: the mean correlations of the scores of sentences
-    float32 (…, c) on frames `now` with CLIP's and with their own on the frames `then`.
+    """(α, correlation) for each of `ALPHAS`: the mean over sentences float32 (…, c) of the correlation of
+    their scores on frames `now` with CLIP's on the frames `then`.
     """
-    clip = _scores(then[1], sentences)
-    found = []
-    for alpha in ALPHAS:
-        scores, later = (_scores(fuse(*frames, alpha), sentences) for frames in (now, then))
-        validity, reliability = (max(0.0, float((scores * s).mean())) for s in (clip, later))
-        found.append((alpha, round(validity * reliability, 5)))
-    return found
+    later = _scores(then[1], sentences)
+    return [
+        (alpha, round(max(0.0, float((_scores(fuse(*now, alpha), sentences) * later).mean())), 5))
+        for alpha in ALPHAS
+    ]
 
 
 def tuned(curve: Sequence[tuple[float, float]]) -> float:
