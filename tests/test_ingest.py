@@ -73,6 +73,7 @@ def statuses(url: str) -> dict[str, str]:
 # ── sync ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_a_sync_makes_the_corpus_what_the_folder_is(tmp_path: Path) -> None:
     folder, url = tmp_path / "videos", str(tmp_path / "corpus")
     for number in range(100):

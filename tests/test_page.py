@@ -548,9 +548,11 @@ def test_everything_works_by_keys(page: Page) -> None:
     page.type("a tree")
     found = page.everything()
     page.type("/")
-    page.type(Key.ARROW_DOWN, Key.ARROW_RIGHT)
+    # Not the one that is shown by previews: each of these counts its time from its own start.
+    place = next(n for n, (file, _, _) in enumerate(found) if n and file != OLD)
+    page.type(Key.ARROW_DOWN, *[Key.ARROW_RIGHT] * place)
     focused = "return document.activeElement.ariaLabel"
-    assert read_label(page.run(focused)) == found[1]
+    assert read_label(page.run(focused)) == found[place]
     page.type(Key.ENTER)
     page.the("#player")
     page.wait_for("!document.getElementById('video').paused")
@@ -560,9 +562,12 @@ def test_everything_works_by_keys(page: Page) -> None:
     page.type(Key.ARROW_RIGHT, Key.ARROW_RIGHT)
     assert page.now_s() == pytest.approx(before_s + 2, abs=0.01)
     page.type("n")
-    until(lambda: page.the("#player-place").text.startswith("3 of"), "the next is not shown")
+    until(
+        lambda: page.the("#player-place").text.startswith(f"{place + 2} of"),
+        "the next is not shown",
+    )
     page.type(Key.ESCAPE)
-    assert page.all("#player") == [] and read_label(page.run(focused)) == found[2]
+    assert page.all("#player") == [] and read_label(page.run(focused)) == found[place + 1]
     page.type(Key.HOME, Key.ARROW_UP)
     assert page.run("return document.activeElement.id") == "query"
 

@@ -72,6 +72,7 @@ def versions(corpus: Corpus) -> list[str]:
     return [name for name in corpus.folders("projector") if not name.startswith(".")]
 
 
+@pytest.mark.long
 def test_fine_tuning_learns_what_is_new_and_publishes_nothing_that_forgot(tmp_path):
     corpus = Corpus(str(tmp_path))
     corpus.require(CONFIG)
