@@ -170,6 +170,21 @@ def test_among_many_equals_the_first_are_found(batch: int) -> None:
     assert found.tolist() == [best_rows(vectors, query, 200) for query in queries]
 
 
+def test_of_many_hits_the_sure_ones_are_found_as_if_only_they_were_asked_for(
+    coded: Shard, vectors: Half, queries: Single
+) -> None:
+    index = Index([coded], SETTING)
+    for query in queries:
+        best = set(best_rows(vectors, query, 100))
+        few = set(index.search(query, 100)[2].tolist())
+        scores, _, rows = index.search(query, 400, sure=100)
+        assert len(rows) == 400 and np.allclose(scores, vectors[rows] @ query, atol=1e-3)
+        assert len(best & set(rows[:100].tolist())) >= len(best & few)
+        some = index.search(query, 400)[2]  # of those behind them fewer
+        truth = set(best_rows(vectors, query, 400))
+        assert len(truth & set(rows.tolist())) <= len(truth & set(some.tolist()))
+
+
 def test_exact_search_of_no_vectors_finds_nothing() -> None:
     scores, rows = exact_search(np.zeros((0, 4), np.float16), np.ones((3, 4), np.float32), 5)
     assert scores.shape == rows.shape == (3, 0)

@@ -29,6 +29,9 @@ SCANNED_ROWS = 10_000
 ITERATIONS = 6
 """Of k-means, for the centroids."""
 
+LEAST_PER_HIT = 2
+"""So many candidates are scored exactly for each hit at least."""
+
 LARGEST_FILE_BYTES = 1 << 40
 faiss.set_deserialization_vector_byte_limit(LARGEST_FILE_BYTES)
 
@@ -288,10 +291,13 @@ class Index:
         k: int,
         allowed: Sequence[Mask] | None = None,
         took_s: dict[str, float] | None = None,
+        sure: int | None = None,
     ) -> tuple[Vectors, Rows, Rows]:
         """(scores, shards, rows), each (n,), of about the k best rows for a query (dim,), best first.
         `allowed` says for each shard which of its rows may be found. The seconds that it takes are
-        added to `search` and `rerank` (exact scores of candidates) in `took_s`.
+        added to `search` and `rerank` (exact scores of candidates) in `took_s`. The `sure` best (all
+        k if not given) are found with the recall that the setting was chosen for, of those behind them
+        fewer, as only `LEAST_PER_HIT` candidates a hit are scored for these.
         """
         began = time.perf_counter()
         took_s = {"search": 0.0, "rerank": 0.0} if took_s is None else took_s
@@ -306,7 +312,7 @@ class Index:
                 scores, rows = shard.scan(query, k, mask)
                 found.append((scores, number, rows))
         if coded:
-            found += self._search_coded(query, k, coded, masks, took_s)
+            found += self._search_coded(query, k, sure or k, coded, masks, took_s)
         if not found:
             return np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64)
         scores = np.concatenate([s for s, _, _ in found])
@@ -320,6 +326,7 @@ class Index:
         self,
         query: Vectors,
         k: int,
+        sure: int,
         numbers: list[int],
         masks: list[Mask | None],
         took_s: dict[str, float],
@@ -329,7 +336,7 @@ class Index:
         """
         assert self.setting is not None
         nearest = self._cells_to_visit(query, numbers, masks)
-        count = k * self.setting.per_hit
+        count = max(LEAST_PER_HIT * k, self.setting.per_hit * sure)
         parts = [self.shards[n].candidates(query, count + 1, nearest, masks[n]) for n in numbers]
         estimates = np.concatenate([estimate for estimate, _ in parts])
         if len(estimates) > count:

@@ -38,7 +38,11 @@ if TYPE_CHECKING:
     from vsearch.encoders import ClipEncoder
     from vsearch.pictures import PictureEncoder
 
-FIRST_HITS = 200
+FIRST_HITS = 1000
+SURE_HITS = 200
+"""So many hits at least are found with the recall that the index was tuned to; those behind them show
+segments of many rows, of which one is enough.
+"""
 SAMPLED_ROWS = 4096
 """So many rows tell how far the scores of a query spread."""
 
@@ -451,9 +455,10 @@ class Engine:
         least = -math.inf if min_score is None else min_score
         # One more than asked for tells whether there are more.
         grown = Grown(sight, background, max_gap_s, least, limit + 1)
-        hits = FIRST_HITS
+        hits = max(FIRST_HITS, limit + 1)
+        sure = max(SURE_HITS, limit + 1)
         while rows_left:
-            scores, parts, rows = self.index.search(vector, hits, masks, took_s)
+            scores, parts, rows = self.index.search(vector, hits, masks, took_s, sure)
             grown.add(sight.starts[parts] + rows, scores)
             # Many hits may lie in few segments, and a segment may score less than a hit that was not
             # fetched: ask for more until neither matters, or there are no more.

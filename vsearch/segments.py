@@ -62,6 +62,11 @@ class Sight:
             end_s[at] = self._timelines[part].end_s[mine]
         return Scored(self._scores[rows], start_s, end_s, self.taken[rows])
 
+    def know(self, rows: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
+        """Takes exact scores (n,) of rows (n,) that were computed elsewhere."""
+        self._known[rows] = True
+        self._scores[rows] = scores
+
     def shots(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The first row (n,) of the shots of rows (n,), in any order, and the row after their last."""
         lowest, highest = np.empty_like(rows), np.empty_like(rows)
@@ -106,6 +111,7 @@ class Grown:
 
     def add(self, rows: NDArray[np.int64], scores: Scores) -> None:
         """What is around rows (n,) with these scores, best first."""
+        self._sight.know(rows, scores)
         first, size = 0, FIRST_PEAKS
         while first < len(rows):
             piece = slice(first, first + size)
