@@ -1,7 +1,7 @@
 """Where answers begin and end, how they are ranked, when there is none, and what is not wanted.
 
 Method: each corpus of an easy tiny world (as `vsearch demo` leaves it, with `truth.jsonl` and
-`shots.jsonl`) is indexed in both spaces, which publishes snapshots in it, and asked
+`shots.jsonl`) is indexed in each space, which publishes snapshots in it, and asked
 
 - all sentences of known moments: segments as the engine makes them, without the cuts that DINO sees, and
   as runs of the best rows with gaps of at most a second; each ranked by other statistics of their rows.
@@ -43,6 +43,7 @@ from vsearch.scoring import auroc
 from vsearch.search import Engine
 
 Floats = NDArray[np.float64]
+SPACES = ("projected", "clip", "fused")
 ABSENT = 60
 FIGURES = ("R1@0.5", "R1@0.7", "R5@0.5", "R5@0.7", "mAP@0.5", "boundary-error-s")
 STATISTICS: dict[str, Callable[[Floats, Floats], float]] = {
@@ -242,7 +243,7 @@ def of_world(corpus: Path, space: str) -> dict[str, Any]:
     moments = [Moment(line["video"], line["start_s"], line["end_s"]) for line in lines]
     queries = read_queries(str(truth))
     answered = [query for query in queries if query.moments]
-    found: dict[str, Any] = {"corpus": corpus.name, "space": space, "boundaries": {}}
+    found: dict[str, Any] = {"corpus": str(corpus), "space": space, "boundaries": {}}
     used = stage.CUT
     for name, cut in (("grown without cuts", -1.0), ("grown within shots", used)):
         stage.CUT = cut
@@ -258,12 +259,12 @@ def of_world(corpus: Path, space: str) -> dict[str, Any]:
 
 def main() -> None:
     corpora = [Path(name) for name in sys.argv[1:]]
-    worlds = [of_world(corpus, space) for space in ("clip", "projected") for corpus in corpora]
+    worlds = [of_world(corpus, space) for space in SPACES for corpus in corpora]
     console = Console(stderr=True, width=140)
     table = Table(title="Segments")
     for heading in ("space", "grouping and statistic", *FIGURES):
         table.add_column(heading)
-    for space in ("projected", "clip"):
+    for space in SPACES:
         mine = [world["boundaries"] for world in worlds if world["space"] == space]
         for name in mine[0]:
             means = (np.mean([world[name][figure] for world in mine]) for figure in FIGURES)
